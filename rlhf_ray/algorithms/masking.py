@@ -1,0 +1,69 @@
+"""Means, moments and whitening over the tokens that count.
+
+Masks are bool, True on tokens that count. A masked token never touches a result or a gradient, not even when it holds
+NaN or infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, count: Tensor | float | None = None) -> Tensor:
+    """Sum of ``x`` over the mask, divided by ``count``.
+
+    With ``count`` = the tokens of the whole batch (all micro-batches, all ranks) the micro-batches add up to the global
+    token mean, and so do their gradients; a mean of micro-batch means would weigh tokens of short responses more.
+
+    Args:
+        x: [...] values.
+        mask: [...] bool, of the shape of ``x``.
+        count: divisor; the number of unmasked entries by default.
+
+    Returns:
+        A scalar; NaN where ``count`` is left out and nothing is unmasked, as ``torch.mean`` of nothing.
+
+    Raises:
+        ValueError: the shapes differ (broadcasting would count tokens more than once).
+    """
+    _require_same_shape(x, mask)
+    total = torch.where(mask, x, 0.0).sum()
+    return total / (mask.sum() if count is None else count)
+
+
+def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance (divided by n, not n - 1) of the unmasked entries; two scalars.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    mean = masked_mean(x, mask)
+    # Masked entries are dropped before the square too: zero times the infinite slope there would be a NaN gradient.
+    deviation = torch.where(mask, x - mean, 0.0)
+    return mean, masked_mean(deviation**2, mask)
+
+
+def masked_whiten(
+    x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` where unmasked, 0 where masked.
+
+    Args:
+        x: [...] values.
+        mask: [...] bool, of the shape of ``x``.
+        eps: added to the variance.
+        moments: mean and variance to whiten with, where ``x`` is only a part (one rank, one micro-batch) of the batch
+            that must end with mean 0 and variance 1; those of ``x`` itself by default.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _require_same_shape(x, mask)
+    mean, var = masked_moments(x, mask) if moments is None else moments
+    return torch.where(mask, x - mean, 0.0) * torch.rsqrt(var + eps)
+
+
+def _require_same_shape(x: Tensor, mask: Tensor) -> None:
+    if x.shape != mask.shape:
+        raise ValueError(f"values of shape {tuple(x.shape)} do not fit a mask of shape {tuple(mask.shape)}")

@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or not there: write under a temporary name, fsync, rename, then the marker.
+
+    step-000010/             a checkpoint of a run: folders that each have their own marker, then its own marker
+      learner/               tensors.safetensors, state.json, COMPLETE
+      pipeline/              state.json, COMPLETE
+      COMPLETE               written last
+
+``COMPLETE`` holds the SHA-256 of what stands beside it. Tensors are safetensors and the rest is JSON: reading a
+checkpoint never runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_ray.errors import InputError
+
+MARKER = "COMPLETE"
+TENSORS_FILE = "tensors.safetensors"
+STATE_FILE = "state.json"
+
+_TEMPORARY = ".tmp"
+_REPLACED = ".old"
+
+
+def save_checkpoint(folder: Path, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write ``folder``, in place of what may be there, and mark it complete.
+
+    Args:
+        tensors: contiguous; no two may share memory.
+        state: what JSON can hold.
+    """
+    with replaced_folder(folder) as temporary:
+        if tensors:
+            save_file(dict(tensors), temporary / TENSORS_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    mark_complete(folder)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``save_checkpoint`` was given, on the CPU.
+
+    Raises:
+        InputError: no marker, or a file that is not the one that was marked.
+    """
+    marker = folder / MARKER
+    if not marker.is_file():
+        raise InputError(f"the checkpoint {folder} is not complete: it has no file {MARKER}; resume from another one")
+    for name, digest in json.loads(marker.read_text(encoding="utf-8")).items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != digest:
+            raise InputError(f"{path} is missing or damaged (its SHA-256 differs); resume from an earlier checkpoint")
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(folder / TENSORS_FILE) if (folder / TENSORS_FILE).is_file() else {}
+    return tensors, state
+
+
+def mark_complete(folder: Path) -> None:
+    """Say that all of ``folder`` is written: readers trust the marker alone.
+
+    A folder inside it counts by its own marker; one that has none is an error, since it is not whole.
+
+    Raises:
+        InputError: a folder inside has no marker.
+    """
+    digests: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        part = path / MARKER if path.is_dir() else path
+        if not part.is_file():
+            raise InputError(f"{folder} cannot be marked complete: {path} in it has no {MARKER}")
+        if part != folder / MARKER:
+            digests[str(part.relative_to(folder))] = _sha256(part)
+    temporary = folder / f".{MARKER}{_TEMPORARY}"
+    temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    _fsync(temporary)
+    temporary.rename(folder / MARKER)
+    _fsync(folder)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The last folder in ``root``, by name, that is marked complete; None if there is none."""
+    return next(reversed(_complete(root)), None)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the ``keep`` last complete checkpoints, and what older interrupted writes have left."""
+    kept = _complete(root)[-keep:]
+    if not kept:
+        return
+    for folder in root.iterdir():
+        if folder.is_dir() and folder not in kept and folder.name < kept[-1].name:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty temporary folder that takes the place of ``folder`` when the block ends without an error.
+
+    Its files are on disk before it gets the name. What had the name before is removed last.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (_TEMPORARY, _REPLACED))
+    for left_over in (temporary, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for path in temporary.rglob("*"):
+        _fsync(path)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _complete(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(
+        folder
+        for folder in root.iterdir()
+        if (folder / MARKER).is_file() and folder.suffix not in (_TEMPORARY, _REPLACED)
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

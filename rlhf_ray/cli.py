@@ -1,0 +1,312 @@
+"""The command line: one command for each word of the picture, ``demo`` for all of them, ``config`` to look things up.
+
+Every command takes ``--config`` and ``--set``. Heavy libraries are imported by the command that needs them, so that
+``--help`` and a wrong key answer at once. Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import builtins
+import fcntl
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlhf_ray.config import SPIN_COUNT, RunConfig, load_config
+from rlhf_ray.config_file import config_keys, recipe_text
+from rlhf_ray.errors import ConfigError, InputError, RlhfRayError
+
+if TYPE_CHECKING:
+    from rlhf_ray.report.console import Console
+
+PRODUCTS: dict[str, tuple[str, ...]] = {
+    "collect": ("completions.jsonl",),
+    "judge": ("preferences.jsonl", "preferences.holdout.jsonl"),
+    "reward": ("reward",),
+    "ppo": ("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
+}
+"""What a command leaves in the run's folder: its traces, and what --overwrite deletes."""
+DERIVED = {"ppo": ("summary.json", "evaluation.json", "report.html")}
+"""What describes those products and goes with them."""
+
+app = typer.Typer(
+    name="rlhf-ray",
+    help="RLHF on Ray: preferences, a served reward model, and asynchronous PPO with vLLM generators.",
+    epilog="Try it: rlhf-ray demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", metavar="FILE|recipe:NAME", help="The run's YAML file, or a packaged recipe.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, dotted, such as learner.lr=1e-6. Repeatable."),
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Delete what this command left in the run's folder before, and start afresh."),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME", help="Print this recipe instead, to copy and edit.")
+]
+
+
+def main() -> None:
+    """Entry point of the ``rlhf-ray`` command."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    app()
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["[bold]Examples[/bold]", *(line.replace("[", r"\[") for line in lines)])
+
+
+@app.command(epilog=_examples("rlhf-ray demo", "rlhf-ray demo --overwrite --set seed=1"))
+def demo(
+    config: ConfigOption = "recipe:demo",
+    overrides: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Run everything on a small model: collect, judge, reward, serve, ppo, evaluate, report."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        from rlhf_ray.demo import check_inputs, run_demo
+
+        check_inputs(run)  # before --overwrite deletes anything
+        with _claimed(run, *PRODUCTS, overwrite=overwrite):
+            _exit_if_interrupted(run_demo(run, console).get("status"))
+            console.say(f"Done: open {run.run_dir / 'report.html'}", style="bold")
+
+
+@app.command(
+    epilog=_examples("rlhf-ray collect -c run.yaml", "rlhf-ray collect -c run.yaml --set collect.completions=8")
+)
+def collect(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
+    """Sample several responses to each prompt, to be compared: completions.jsonl."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        with _claimed(run, "collect", overwrite=overwrite):
+            from rlhf_ray.demo import run_collect
+
+            run_collect(run, console)
+
+
+@app.command(epilog=_examples("rlhf-ray judge -c run.yaml", "rlhf-ray judge -c run.yaml --set judge.min_margin=0.3"))
+def judge(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
+    """Compare the responses with a simulated labeller, a program that stands in for people: preferences.jsonl."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        with _claimed(run, "judge", overwrite=overwrite):
+            from rlhf_ray.demo import run_judge
+
+            run_judge(run, console)
+
+
+@app.command(epilog=_examples("rlhf-ray reward -c run.yaml", "rlhf-ray reward -c run.yaml --set reward.lr=1e-5"))
+def reward(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
+    """Train the reward model on preferences.jsonl and test it on the held-out pairs: reward/."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        with _claimed(run, "reward", overwrite=overwrite):
+            from rlhf_ray.demo import run_reward
+
+            run_reward(run, console)
+
+
+@app.command(epilog=_examples("rlhf-ray serve -c run.yaml", "rlhf-ray serve -c run.yaml --set serve.port=9000"))
+def serve(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Serve the reward model over HTTP until Ctrl-C."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        from rlhf_ray.stages.ppo import reward_model_folder
+        from rlhf_ray.stages.serve import serve_forever
+
+        serve_forever(run, reward_model_folder(run), announce=console.say)
+
+
+@app.command(
+    epilog=_examples(
+        "rlhf-ray ppo -c run.yaml --set learner.lr=1e-6",
+        "rlhf-ray ppo -c run.yaml --resume",
+        "ray job submit --working-dir . -- rlhf-ray ppo -c recipe:multi_gpu --set output_dir=/shared/runs",
+    )
+)
+def ppo(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Improve the policy against the served reward model, asynchronously: policy/, metrics.jsonl, checkpoints/."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        if resume and overwrite:
+            raise ConfigError("--resume goes on from what is there and --overwrite deletes it; give one of them")
+        with _claimed(run, "ppo", overwrite=overwrite, resume=resume):
+            from rlhf_ray.demo import run_ppo
+
+            summary = run_ppo(run, console, resume=resume)
+        _exit_if_interrupted(summary.status)
+
+
+@app.command(
+    epilog=_examples("rlhf-ray evaluate -c run.yaml", "rlhf-ray evaluate -c run.yaml --set evaluate.max_prompts=16")
+)
+def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Compare the trained policy with the base on held-out prompts: evaluation.json."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        with _claimed(run):
+            from rlhf_ray.demo import run_evaluate
+
+            run_evaluate(run, console)
+
+
+@app.command(epilog=_examples("rlhf-ray report -c run.yaml", "rlhf-ray report -c run.yaml --set report.samples=40"))
+def report(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Write the run's folder as one self-contained HTML page: report.html."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        from rlhf_ray.demo import run_report
+
+        run_report(run, console)
+
+
+@app.command("config", epilog=_examples("rlhf-ray config | less", "rlhf-ray config --recipe demo > run.yaml"))
+def show_config(recipe: RecipeOption = None) -> None:
+    """List every key of the configuration with its type, default and effect."""
+    with _reported():
+        if recipe is not None:
+            typer.echo(recipe_text(recipe), nl=False)
+            return
+        for key, field in config_keys(RunConfig):
+            default = "required" if field.is_required() else f"default {_as_written(field.default)}"
+            kind = _kind(field.annotation)
+            typer.echo(f"{typer.style(key, bold=True)}  ({kind}, {default})\n    {field.description}")
+
+
+def _begin(config: str, overrides: Sequence[str] | None) -> tuple[RunConfig, Console]:
+    """Check the configuration first: nothing heavy is imported for a wrong key."""
+    run = load_config(config, overrides or ())
+    from rlhf_ray.report.console import Console
+    from rlhf_ray.report.quiet import quiet_libraries
+
+    quiet_libraries()
+    console = Console()
+    console.show_logs()
+    return run, console
+
+
+@contextmanager
+def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
+    """Hold the run's folder for this process, and refuse to mix new results with those of an earlier run.
+
+    The lock ends with the process, however that ends. Raises ``ConfigError``, before anything was deleted.
+    """
+    folder = run.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder {folder} cannot be made ({error.strerror}); set output_dir to another place"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another rlhf-ray command is at work in {folder}; wait for it, or choose another with --set name=..."
+            ) from error
+        used = [name for stage in stages for name in PRODUCTS[stage] if _holds_something(folder / name)]
+        if used and not (overwrite or resume):
+            ways = "--resume to go on, " if stages == ("ppo",) else ""
+            raise ConfigError(
+                f"{folder} already holds {', '.join(used)} of an earlier run; choose another folder with "
+                f"--set name=..., {ways}or --overwrite to delete {'it' if len(used) == 1 else 'them'}"
+            )
+        if overwrite:
+            for stage in stages:
+                for name in (*PRODUCTS[stage], *DERIVED.get(stage, ())):
+                    _delete(folder / name)
+        yield
+
+
+def _holds_something(path: Path) -> bool:
+    """True unless missing or empty: a run that was refused early leaves nothing worth guarding."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn deliberate errors into a line on stderr and an exit code; any other is a bug and keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        deliberate = _deliberate(error)
+        if deliberate is None:
+            raise
+        for line in str(deliberate).splitlines():
+            typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
+        raise typer.Exit(2 if isinstance(deliberate, InputError) else 1) from None
+
+
+def _deliberate(error: BaseException) -> RlhfRayError | None:
+    """The error of ours inside: a remote one comes wrapped by Ray (``cause``), one of several tasks in a group."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for inner in error.exceptions if (found := _deliberate(inner))), None)
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RlhfRayError):
+        return cause
+    return error if isinstance(error, RlhfRayError) else None
+
+
+def _exit_if_interrupted(status: str | None) -> None:
+    if status == "interrupted":
+        raise typer.Exit(130)
+
+
+def _kind(annotation: object) -> str:
+    """What a person may write for a key: ``whole number``, ``text or null``, ``one of a, b``."""
+    arguments = typing.get_args(annotation)
+    match typing.get_origin(annotation):
+        case typing.Literal:
+            return f"one of {', '.join(str(choice) for choice in arguments)}"
+        case types.UnionType:
+            return " or ".join(_kind(choice) for choice in arguments)
+        case builtins.tuple:
+            return f"list of {len(arguments)}"
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path", NoneType: "null"}
+    return words[typing.cast(type, annotation)]
+
+
+def _as_written(default: object) -> str:
+    """A default as it would stand in the file."""
+    if default is None or isinstance(default, bool):
+        return "null" if default is None else str(default).lower()
+    return str(list(default)) if isinstance(default, tuple) else str(default)

@@ -1,0 +1,370 @@
+"""One configuration file for every command: strict, frozen, and written into the run's folder as it was resolved.
+
+``load_config(path, overrides)`` is the only way in. An unknown key, a wrong type or arithmetic that cannot work is a
+``ConfigError`` that names the key, where it stands and the remedy. Nothing mutates a configuration later.
+Each field's description says its effect and its unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlhf_ray.config_file import apply_override, places_named, problem_sentence, read_config_file
+from rlhf_ray.errors import ConfigError
+
+SPIN_COUNT = "20000"
+"""``GOMP_SPINCOUNT`` of every process: how long an OpenMP thread spins before it sleeps. Read when torch is loaded."""
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The policy that training starts from; also the reference and, with a new head, the reward model."""
+
+    path: str = Field(
+        description="Hugging Face hub id, local folder, .gguf file, or package://NAME/FILE.gguf of an installed one."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that a hub repository ships. Off unless you say so."
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/rlhf_ray"),
+        validate_default=False,
+        description="Folder of imported GGUF models, by content hash (about 0.5 GB for 135M in fp32).",
+    )
+
+
+class PromptsConfig(Section):
+    """Where prompts come from and how they are put to the model."""
+
+    path: str = Field(
+        description='Training prompts: JSONL lines {"prompt": str}; recipe:NAME.jsonl for a packaged file.'
+    )
+    eval_path: str = Field(description="Held-out prompts for evaluation, same form; never trained on.")
+    format: Literal["text", "chat"] = Field(
+        "chat",
+        description="chat: wrap each prompt in the tokenizer's chat template; text: continue the prompt as it stands.",
+    )
+    max_tokens: int = Field(
+        512, ge=1, description="Longest prompt in tokens, template included; a longer one is refused."
+    )
+
+
+class SamplingConfig(Section):
+    """How responses are sampled, everywhere."""
+
+    temperature: float = Field(
+        1.0, gt=0, description="Softmax temperature; the learner divides its logits by the same number."
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Longest response in tokens, EOS included.")
+
+
+class GeneratorConfig(Section):
+    """The vLLM workers."""
+
+    count: int = Field(1, ge=1, description="Number of generator actors.")
+    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs one engine is split over.")
+    dtype: Precision = Field(
+        "auto", description="Weights and arithmetic of the engine; auto: bfloat16 where the hardware has it."
+    )
+    max_num_seqs: int = Field(32, ge=1, description="Most responses one engine samples at once.")
+    kv_cache_gb: float = Field(0.5, gt=0, description="KV cache of one engine, GB (on GPUs too).")
+    threads: int = Field(0, ge=0, description="CPU threads of one engine in the PPO loop; 0: all cores of the node.")
+    max_restarts: int = Field(
+        3, ge=0, description="Replacements of dead generators before the run ends with the cause."
+    )
+
+
+class ReferenceConfig(Section):
+    """The frozen policy's workers."""
+
+    count: int = Field(1, ge=1, description="Number of reference actors.")
+    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
+    precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 autocast where the hardware has it.")
+    max_batch_tokens: int = Field(2048, ge=1, description="Most padded tokens in one forward.")
+    threads: int = Field(0, ge=0, description="CPU threads of one worker; 0: all cores of the node.")
+
+
+class LearnerConfig(Section):
+    """The worker that takes gradient steps. Master weights are float32."""
+
+    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves.")
+    precision: Precision = Field(
+        "auto", description="Autocast of forward and backward; auto: bfloat16 where the hardware has it."
+    )
+    lr: float = Field(1e-6, gt=0, description="AdamW learning rate of the policy.")
+    value_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the value head; default: that of the policy."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW momentum coefficients.")
+    eps: float = Field(1e-5, gt=0, description="AdamW epsilon (1e-5 as in the reference PPO implementation).")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm is clipped to this.")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="Most padded tokens in one forward and backward; lower it when memory runs out."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, a third slower."
+    )
+    max_skipped_steps: int = Field(3, ge=1, description="Non-finite steps in a row that are skipped; one more ends it.")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores of the node.")
+
+
+class KLConfig(Section):
+    """The penalty that keeps the policy near the reference."""
+
+    coef: float = Field(0.05, ge=0, description="Weight of the per-token k1 estimate (nats) taken off the reward.")
+    controller: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="adaptive: coef follows target (Ziegler et al. 2019, sec. 2.2)."
+    )
+    target: float = Field(6.0, gt=0, description="adaptive: wanted KL per response, nats.")
+    horizon: int = Field(10_000, ge=1, description="adaptive: samples over which the coefficient reacts.")
+    loss: Literal["none", "k2", "k3"] = Field(
+        "none", description="A KL term in the loss besides the one in the reward."
+    )
+    loss_coef: float = Field(0.0, ge=0, description="Weight of that term.")
+
+
+class PPOConfig(Section):
+    """The asynchronous loop and the algorithm's coefficients."""
+
+    steps: int = Field(100, ge=1, description="Learner steps (batches).")
+    batch_size: int = Field(32, ge=1, description="Responses per step.")
+    max_staleness: int = Field(1, ge=0, description="Learner versions a sample may lag behind; 0 is synchronous.")
+    epochs: int = Field(1, ge=1, description="Passes over each batch.")
+    minibatches: int = Field(1, ge=1, description="Optimiser steps per pass; must divide batch_size.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda.")
+    clip: float = Field(0.2, gt=0, description="Ratio clip around the proximal policy.")
+    value_clip: float = Field(0.2, gt=0, description="Clip of the value's change.")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    importance_cap: float = Field(
+        2.0, ge=1, description="Truncation of the behaviour-to-proximal weight when samples are stale."
+    )
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Taken off the score of a response cut at max_new_tokens."
+    )
+    score_clip: float | None = Field(
+        None, gt=0, description="Normalised scores are clipped to ± this; none by default."
+    )
+    kl: KLConfig = KLConfig()
+    parity_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Largest sampler-learner log-probability gap, nats; default 1e-3 in float32, 0.2 in bfloat16.",
+    )
+    max_prompt_tries: int = Field(3, ge=1, description="Workers that may die on one prompt before the run ends.")
+    checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end and on Ctrl-C.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    samples_per_step: int = Field(2, ge=0, description="Responses written to samples.jsonl each step.")
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> PPOConfig:
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"ppo.minibatches = {self.minibatches} does not divide ppo.batch_size = {self.batch_size}; "
+                f"choose minibatches from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
+            )
+        return self
+
+
+class CollectConfig(Section):
+    """Sampling candidates for comparison."""
+
+    completions: int = Field(4, ge=2, description="Responses sampled for each prompt.")
+    max_prompts: int | None = Field(None, ge=1, description="Use only the first N prompts; default all.")
+
+
+class JudgeConfig(Section):
+    """A labeller that is a program: it stands in for people, and its output says so."""
+
+    judge: Literal["vader"] = Field(
+        "vader", description="vader: prefers the response with the higher VADER compound sentiment."
+    )
+    pairs_per_prompt: int = Field(1, ge=1, description="Most pairs asked about for each prompt, clearest first.")
+    min_margin: float = Field(0.0, ge=0, description="Pairs whose gold scores differ by less are not asked about.")
+    holdout: float = Field(
+        0.1, gt=0, lt=1, description="Share of prompts whose pairs are kept for testing the reward model."
+    )
+
+
+class RewardConfig(Section):
+    """Training of the reward model."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
+    lr: float = Field(5e-5, gt=0, description="AdamW learning rate of the backbone.")
+    head_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the score head, which starts at zero; default: that of the backbone."
+    )
+    batch_size: int = Field(8, ge=1, description="Pairs per optimiser step.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps over which the learning rate rises.")
+    freeze_layers: int = Field(
+        0, ge=0, description="Lowest transformer layers (and the embeddings, when above 0) left untrained."
+    )
+    max_length: int = Field(1024, ge=2, description="Longest prompt and response together, tokens.")
+    precision: Precision = Field("auto", description="Autocast; auto: bfloat16 where the hardware has it.")
+
+
+class ServeConfig(Section):
+    """The reward model as a Ray Serve application."""
+
+    model: str | None = Field(
+        None, description="Reward-model folder; default: the one this run trained (runs/NAME/reward)."
+    )
+    name: str = Field("reward", description="Name of the model and of its Serve application.")
+    host: str = Field(
+        "127.0.0.1", description="Address that the HTTP port listens on; loopback unless you say otherwise."
+    )
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one.")
+    replicas: int = Field(1, ge=1, description="Replicas of the model.")
+    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
+    precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 where the hardware has it.")
+    max_batch_size: int = Field(16, ge=1, description="Most responses scored in one forward.")
+    batch_wait_ms: float = Field(
+        10.0, ge=0, description="How long a request waits for others to share its forward, ms."
+    )
+    max_items: int = Field(64, ge=1, description="Most responses in one HTTP request.")
+    threads: int = Field(0, ge=0, description="CPU threads of a replica; 0: all cores of the node.")
+
+
+class EvaluateConfig(Section):
+    """Base against trained on held-out prompts."""
+
+    samples_per_prompt: int = Field(4, ge=1, description="Responses sampled from each policy for each prompt.")
+    max_prompts: int | None = Field(None, ge=1, description="Use only the first N held-out prompts; default all.")
+
+
+class ReportConfig(Section):
+    """The HTML page about the run."""
+
+    samples: int = Field(
+        12, ge=0, description="Held-out prompts shown with the base's and the trained policy's response."
+    )
+
+
+class RunConfig(Section):
+    """The whole file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="The run's folder is output_dir/name."
+    )
+    output_dir: Path = Field(Path("runs"), validate_default=False, description="Folder of all runs.")
+    seed: int = Field(0, ge=0, description="Seed of prompt order, sampling and initialisation.")
+    device: Device = Field("auto", description="Where models run; auto: cuda where a worker is given a GPU, else cpu.")
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    collect: CollectConfig = CollectConfig()
+    judge: JudgeConfig = JudgeConfig()
+    reward: RewardConfig = RewardConfig()
+    serve: ServeConfig = ServeConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """``output_dir/name``: everything a run writes."""
+        return self.output_dir / self.name
+
+    def device_of(self, num_gpus: float) -> Literal["cpu", "cuda"]:
+        """Where a worker that reserves ``num_gpus`` computes; asked on the driver, which may have no GPU itself."""
+        if self.device == "auto":
+            return "cuda" if num_gpus > 0 else "cpu"
+        return self.device
+
+
+# ---- Loading: YAML with places → overrides → RunConfig → checks across sections; each problem one sentence ----
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file, apply ``a.b=value`` overrides (values are YAML) and check all of it.
+
+    ``path`` is a file, or ``recipe:NAME`` for one that is shipped with the package.
+    Raises ``ConfigError`` with one sentence for each problem: the key, where it stands, and what would be right.
+    """
+    source = str(path)
+    data, places = read_config_file(source)
+    for override in overrides:
+        apply_override(data, override, places)
+    try:
+        # JSON mode is strict about "32" or true for a number, and yet takes text for a path and a list for a tuple.
+        config = RunConfig.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problem_sentence(e, RunConfig, places, source) for e in error.errors())) from None
+    problems = [f"{problem}{places_named(problem, places)}" for problem in _contradictions(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def save_resolved(config: RunConfig, path: Path) -> None:
+    """Write every key with its value as YAML that ``load_config`` reads back to an equal configuration."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+    temporary.replace(path)
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
+    kl, gpus = config.ppo.kl, {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve")}
+    if (kl.loss == "none") != (kl.loss_coef == 0):
+        yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
+    if kl.controller == "adaptive" and kl.coef == 0:
+        yield "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05"
+    if config.device == "cpu" and any(gpus.values()):
+        section = next(s for s, n in gpus.items() if n)
+        yield f"device = cpu, but {section}.num_gpus = {gpus[section]:g}; use device = auto, or ask for no GPUs"
+    if config.device == "cuda" and not all(gpus.values()):
+        section = next(s for s, n in gpus.items() if not n)
+        yield f"device = cuda, but {section}.num_gpus = 0; give it a GPU or part of one, or use device = auto"
+    for section, number in gpus.items():
+        if number > 1 and number != int(number):
+            yield f"{section}.num_gpus = {number:g} is no whole number; above 1 Ray gives out whole GPUs only"
+    parallel = config.generator.tensor_parallel_size
+    if parallel > 1 and config.generator.num_gpus != parallel:
+        yield (
+            f"generator.tensor_parallel_size = {parallel} needs as many GPUs for each engine, "
+            f"but generator.num_gpus = {config.generator.num_gpus:g}"
+        )
+    if kl.controller == "adaptive" and kl.horizon <= 0.2 * config.ppo.batch_size:
+        yield (
+            f"ppo.kl.horizon = {kl.horizon} is too short for ppo.batch_size = {config.ppo.batch_size}: one step could "
+            "turn the coefficient negative; raise it above a fifth of the batch, such as 10000"
+        )
+    longest = config.prompts.max_tokens + config.sampling.max_new_tokens
+    if config.reward.max_length < longest:
+        yield (
+            f"reward.max_length = {config.reward.max_length} is shorter than prompts.max_tokens = "
+            f"{config.prompts.max_tokens} and sampling.max_new_tokens = {config.sampling.max_new_tokens} together; "
+            f"raise it to {longest} or more"
+        )
+    if config.prompts.path == config.prompts.eval_path:
+        yield f"prompts.eval_path = {config.prompts.path} is the training file; evaluation needs other prompts"
+    if not all(0 <= beta < 1 for beta in config.learner.betas):
+        yield f"learner.betas = {list(config.learner.betas)} must each be at least 0 and below 1"

@@ -1,0 +1,62 @@
+"""Every error that rlhf_ray raises on purpose. Each message is a sentence that names the knob to turn.
+
+    RlhfRayError
+    ├── InputError (ValueError)      what a person gave cannot be right: refused before heavy work, exit code 2
+    │   ├── ConfigError              a key or value of the configuration
+    │   ├── DataError                a line of a prompt or preference file
+    │   ├── ModelError               a model folder, file or tokenizer
+    │   └── ResourceError            more than the cluster has
+    ├── ParityError (RuntimeError)   sampler and learner disagree about a log-probability
+    ├── NumericalError (RuntimeError) NaN or infinity where a number must be, too often to go on
+    ├── StalenessError (RuntimeError) an experience older than ``ppo.max_staleness`` reached the learner (a bug)
+    ├── ScorerError (RuntimeError)   a score could not be had
+    └── WorkerDiedError (RuntimeError) a worker process is gone
+
+They cross processes, so each is built from one message and can be pickled.
+"""
+
+from __future__ import annotations
+
+
+class RlhfRayError(Exception):
+    """Base of all deliberate errors."""
+
+
+class InputError(RlhfRayError, ValueError):
+    """Something a person gave is wrong; commands end with exit code 2 and no traceback."""
+
+
+class ConfigError(InputError):
+    """A configuration key or value that cannot be right."""
+
+
+class DataError(InputError):
+    """A prompt or preference file, or a line of one, that cannot be read."""
+
+
+class ModelError(InputError):
+    """A model folder, GGUF file or tokenizer that cannot be used."""
+
+
+class ResourceError(InputError):
+    """The run asks for more than the cluster has."""
+
+
+class ParityError(RlhfRayError, RuntimeError):
+    """Generator and learner give one token different log-probabilities under the same weights."""
+
+
+class NumericalError(RlhfRayError, RuntimeError):
+    """NaN or infinity came up more often than ``learner.max_skipped_steps`` allows."""
+
+
+class StalenessError(RlhfRayError, RuntimeError):
+    """An experience staler than ``ppo.max_staleness`` reached the learner."""
+
+
+class ScorerError(RlhfRayError, RuntimeError):
+    """A rollout could not be scored; a missing score is never a zero."""
+
+
+class WorkerDiedError(RlhfRayError, RuntimeError):
+    """A worker ended. A generator is replaced and its prompts issued again; another worker's death ends the run."""

@@ -1,0 +1,79 @@
+"""What the pipeline asks of its workers. Everything is awaitable and speaks in refs; ``testing.py`` has fakes of each.
+
+A worker that is gone raises ``WorkerDiedError``; any other error ends the run with its cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_ray.types import (
+    ExperienceRefs,
+    Prompt,
+    Ref,
+    RolloutReceipt,
+    Score,
+    StepReport,
+    VersionedWeights,
+    WeightAck,
+)
+
+
+class Generator(Protocol):
+    """Samples responses from the newest policy it was given."""
+
+    name: str
+
+    async def generate(self, prompt: Prompt) -> tuple[RolloutReceipt, Ref]:
+        """Sample one response; the ref holds a ``Rollout``. Many calls may be under way (continuous batching)."""
+        ...
+
+    async def update_weights(self, published: VersionedWeights) -> WeightAck:
+        """Load a policy in place; rollouts under way go on under it. Returns once it serves that version."""
+        ...
+
+    async def close(self) -> None:
+        """End the worker and free what it holds."""
+        ...
+
+
+class Reference(Protocol):
+    """The frozen policy that the KL is measured against."""
+
+    async def logprobs(self, rollout: Ref) -> Ref:
+        """The ref holds a [T] float32 array: log-probabilities of the rollout's response, nats."""
+        ...
+
+
+class Scorer(Protocol):
+    """Gives each response one scalar."""
+
+    async def score(self, rollout: Ref) -> Score:
+        """Raises ``ScorerError`` when no score can be had."""
+        ...
+
+
+class Learner(Protocol):
+    """Takes gradient steps and publishes policies."""
+
+    async def train_step(self, batch: Sequence[ExperienceRefs], *, kl_coef: float) -> StepReport:
+        """One PPO update over the batch; the report's version is one higher than before."""
+        ...
+
+    async def publish(self) -> VersionedWeights:
+        """The current policy as one object owned by the caller, with a parity probe."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Everything needed to go on from here: weights, optimiser, version, RNG."""
+        ...
+
+    async def load(self, folder: Path) -> int:
+        """Restore what ``save`` wrote; returns the version."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """The policy as a Hugging Face folder."""
+        ...

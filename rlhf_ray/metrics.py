@@ -1,0 +1,149 @@
+"""What a run leaves behind in numbers: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events and ``summary.json``.
+
+Metrics are values that roles return; the pipeline alone logs them, here. One JSON object per step, flushed at once, so
+that a run that is killed keeps every step it took. JSON has no NaN: a value that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsWriter:
+    """Writes one line of metrics and a few samples per step into a run's folder.
+
+    A new run appends to what is there. A resumed one passes ``resume_step``, the last step whose effect it kept: the
+    lines of later steps, which it takes again, and a line torn by the crash are dropped first, so that each step stands
+    there once.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard_dir = run_dir / TENSORBOARD_FOLDER
+        self._purge_step = None if resume_step is None else resume_step + 1
+        if resume_step is not None:
+            for name in (METRICS_FILE, SAMPLES_FILE):
+                _drop_after(run_dir / name, resume_step)
+        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="utf-8")
+        self._events: Any = None
+
+    def write(self, metrics: Mapping[str, float], samples: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Log one step. ``metrics`` holds the step's number under ``step``; each sample's line gets it too."""
+        step = int(metrics["step"])
+        _write_line(self._metrics, metrics)
+        for sample in samples:
+            _write_line(self._samples, {"step": step, **sample})
+        events = self._tensorboard()
+        for name, value in metrics.items():
+            if name != "step" and math.isfinite(value):
+                events.add_scalar(f"{name.partition('_')[0]}/{name}", value, step)
+        events.flush()
+
+    def close(self) -> None:
+        """Close every file; a second call does nothing."""
+        self._metrics.close()
+        self._samples.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tensorboard(self) -> Any:
+        if self._events is None:
+            # The import costs a second or two: only a run that takes a step pays for it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+        return self._events
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file in order; [] when there is no file. A line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    # Not splitlines(): a model's text may hold U+2028, which it takes for an end of line and JSON does not.
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
+        row = _parsed(line)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """What ``summary.json`` holds; {} when no stage has written one."""
+    path = run_dir / SUMMARY_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def write_summary(run_dir: Path, updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge ``updates`` into ``summary.json`` and return the whole. Readers see the old file or the new one."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    summary = {**read_summary(run_dir), **_finite(updates)}
+    write_json(run_dir / SUMMARY_FILE, summary)
+    return summary
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file through a temporary name, so that it is never seen in part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(_finite(value), out, indent=2, ensure_ascii=False, allow_nan=False)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def _write_line(out: TextIO, row: Mapping[str, Any]) -> None:
+    out.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+    out.flush()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of every number that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [row for row in read_lines(path) if row.get("step", 0) <= step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as out:
+        for row in kept:
+            _write_line(out, row)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)

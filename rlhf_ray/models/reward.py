@@ -1,0 +1,140 @@
+"""The reward model's folder, its score normalisation, and what it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rlhf_ray.errors import DataError, ModelError
+from rlhf_ray.models.loading import check_nothing_missing, load_tokenizer, quiet, switch_off_dropout
+
+NORMALISATION_FILE = "score_normalisation.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreNormalisation:
+    """score = (raw − mean) / std, fitted on reference completions (Ziegler et al. 2019, sec. 2.1)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def save(self, folder: Path) -> None:
+        """Write ``score_normalisation.json`` into the reward model's folder."""
+        (folder / NORMALISATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> ScoreNormalisation:
+        """The folder's; mean 0 and standard deviation 1 where it has none.
+
+        Raises:
+            ModelError: the file does not hold two finite numbers with std above 0.
+        """
+        path = folder / NORMALISATION_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            normalisation = cls(mean=float(row["mean"]), std=float(row["std"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f'{path} must hold {{"mean": number, "std": number}}: {error!r}') from error
+        if not math.isfinite(normalisation.mean) or not 0 < normalisation.std < math.inf:
+            raise ModelError(f"{path} must hold a finite mean and a std above 0; it holds {row}")
+        return normalisation
+
+
+def check_reward_folder(folder: Path) -> None:
+    """Refuse what ``load_reward_model`` would, as far as that shows without reading the weights.
+
+    Raises:
+        ModelError: no one-label configuration, no safetensors file, or a broken score normalisation.
+    """
+    try:
+        with quiet():
+            labels = AutoConfig.from_pretrained(folder).num_labels
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no reward model can be read from {folder}: {' '.join(str(error).split())[:300]}") from error
+    _check_labels(folder, labels)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no safetensors weights; save the reward model with save_pretrained")
+    ScoreNormalisation.load(folder)
+
+
+def _check_labels(folder: str | Path, labels: int) -> None:
+    if labels != 1:
+        raise ModelError(
+            f"the model in {folder} has {labels} labels and a reward model has one; "
+            "set serve.model to a folder that `rlhf-ray reward` has written"
+        )
+
+
+def load_reward_model(folder: str | Path) -> tuple[Any, Any, ScoreNormalisation]:
+    """A one-label sequence classifier in float32, without dropout or gradients; its tokenizer; its normalisation.
+
+    Raises:
+        ModelError: the folder holds no such model, or not all of it: a head is never initialised anew.
+    """
+    try:
+        with quiet():
+            _check_labels(folder, AutoConfig.from_pretrained(folder).num_labels)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        cause = " ".join(str(error).split())[:300]
+        raise ModelError(f"no reward model can be loaded from {folder}: {cause}") from error
+    check_nothing_missing(folder, loading)
+    tokenizer = load_tokenizer(folder, need_chat_template=False)
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    switch_off_dropout(model).eval().requires_grad_(False)
+    return model, tokenizer, ScoreNormalisation.load(Path(folder))
+
+
+def model_version(folder: str | Path) -> str:
+    """``name@digest``: the folder's name and 12 hex digits of the SHA-256 over its safetensors files, in name order.
+
+    Raises:
+        ModelError: it has none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no safetensors file; give a folder that save_pretrained has written")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{Path(folder).resolve().name}@{digest.hexdigest()[:12]}"
+
+
+def reward_input(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], *, eos_id: int, max_length: int | None = None
+) -> list[int]:
+    """What a reward model reads, in training, in PPO and over HTTP: prompt, response, and exactly one EOS at the end.
+
+    A response cut at its length limit gets the EOS that it never wrote: the model reads its score there. What the cut
+    costs is ``ppo.missing_eos_penalty``.
+
+    Raises:
+        DataError: more than ``max_length`` tokens.
+    """
+    end = len(response_ids)
+    while end and response_ids[end - 1] == eos_id:
+        end -= 1
+    ids = [*prompt_ids, *response_ids[:end], eos_id]
+    if max_length is not None and len(ids) > max_length:
+        raise DataError(
+            f"prompt and response are {len(ids)} tokens with EOS and the reward model reads at most {max_length}; "
+            "shorten them, or lower prompts.max_tokens or sampling.max_new_tokens"
+        )
+    return ids

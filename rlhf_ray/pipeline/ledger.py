@@ -1,0 +1,121 @@
+"""The prompt ledger: issued → scored → trained, by prompt id.
+
+It is what makes a crash or a resume exact. A prompt that is not trained is issued again, with its id and so with its
+sampling seed; a prompt that is trained is never trained again. Pure state: no clock, no tasks, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+from rlhf_ray.errors import RlhfRayError
+
+Stage = Literal["issued", "scored"]
+
+
+class Ledger:
+    """Where every prompt of a run stands.
+
+    Example::
+
+        ledger = Ledger()
+        ledger.issue(0)
+        ledger.scored(0)
+        ledger.trained([0])
+        assert ledger.close(in_flight=[]) == [] and ledger.trained_twice == 0
+
+    A transition that the arrows above do not allow raises ``RlhfRayError``: it would be a bug of the pipeline.
+    """
+
+    def __init__(self) -> None:
+        self.next_id = 0
+        """Ids below it have been issued; it is the next to be."""
+        self.lost = 0
+        """Issued prompts that were neither trained nor in flight when the run was closed."""
+        self.trained_twice = 0
+        """Times that a prompt already trained was offered for training; each was refused."""
+        self._open: dict[int, Stage] = {}
+        # Every id below the floor is trained; above it, those in the set. The set stays as small as what is in flight.
+        self._floor = 0
+        self._above: set[int] = set()
+
+    def issue(self, prompt_id: int) -> None:
+        """A prompt goes out for the first time; ids go out in order."""
+        if prompt_id != self.next_id:
+            raise RlhfRayError(
+                f"prompt {prompt_id} cannot be issued: prompts are issued in order and {self.next_id} is next"
+            )
+        self.next_id += 1
+        self._open[prompt_id] = "issued"
+
+    def reissue(self, prompt_id: int) -> None:
+        """A prompt goes out again because the worker that had it died, or because the run was resumed."""
+        self._require(prompt_id, "issued", "issued again")
+
+    def scored(self, prompt_id: int) -> None:
+        """The response has its score."""
+        self._require(prompt_id, "issued", "scored")
+        self._open[prompt_id] = "scored"
+
+    def trained(self, prompt_ids: Sequence[int]) -> None:
+        """Claim a batch for training, called just before the learner gets it.
+
+        A prompt that was trained before, or stands in the batch twice, is counted in ``trained_twice`` and the whole
+        batch is refused with ``RlhfRayError``, so it never reaches the learner. The claim becomes durable with the next
+        checkpoint, which is written between steps: a crash within the step leaves the batch untrained.
+        """
+        repeated = [i for n, i in enumerate(prompt_ids) if self.is_trained(i) or i in prompt_ids[:n]]
+        self.trained_twice += len(repeated)
+        if repeated:
+            raise RlhfRayError(f"prompts {repeated} were about to be trained a second time; the batch was refused")
+        for prompt_id in prompt_ids:
+            self._require(prompt_id, "scored", "trained")
+        for prompt_id in prompt_ids:
+            del self._open[prompt_id]
+        self._mark_trained(prompt_ids)
+
+    def is_trained(self, prompt_id: int) -> bool:
+        """Whether a batch with this prompt has been claimed."""
+        return prompt_id < self._floor or prompt_id in self._above
+
+    def unfinished(self) -> list[int]:
+        """Ids issued and not trained, in order: what a resumed run issues again first."""
+        return sorted(self._open)
+
+    def close(self, in_flight: Collection[int]) -> list[int]:
+        """The run ends with these prompts still under way; returns the lost ids and sets ``lost`` to their number."""
+        accounted = set(in_flight)
+        missing = [i for i in range(self._floor, self.next_id) if i not in self._above and i not in accounted]
+        self.lost = len(missing)
+        return missing
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready and compact: ``{"next_id": 96, "trained": [[0, 63], [70, 71]]}``, ranges inclusive."""
+        ranges = [[0, self._floor - 1]] if self._floor else []
+        for prompt_id in sorted(self._above):
+            if ranges and ranges[-1][1] == prompt_id - 1:
+                ranges[-1][1] = prompt_id
+            else:
+                ranges.append([prompt_id, prompt_id])
+        return {"next_id": self.next_id, "trained": ranges}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Scores died with the process: all that is not trained counts as issued."""
+        self.next_id, self._floor, self._above = state["next_id"], 0, set()
+        for first, last in state["trained"]:
+            if not 0 <= first <= last < self.next_id:
+                raise RlhfRayError(f"the checkpoint's ledger trains prompts {first} to {last} of {self.next_id} issued")
+            self._mark_trained(range(first, last + 1))
+        self._open = {i: "issued" for i in range(self._floor, self.next_id) if i not in self._above}
+
+    def _mark_trained(self, prompt_ids: Sequence[int]) -> None:
+        self._above.update(prompt_ids)
+        while self._floor in self._above:
+            self._above.discard(self._floor)
+            self._floor += 1
+
+    def _require(self, prompt_id: int, stage: Stage, wanted: str) -> None:
+        now = "trained" if self.is_trained(prompt_id) else self._open.get(prompt_id, "not issued")
+        if now != stage:
+            raise RlhfRayError(f"prompt {prompt_id} cannot be {wanted}: it is {now}, not {stage}")

@@ -1,0 +1,281 @@
+"""The loop: prompts in, policy versions out.
+
+     PromptStream ──slot──► GeneratorPool ──Rollouts──► Scorer ──scores────┐
+       ▲  (ledger)          READY workers   (refs)  └─► Reference ─ref lps─┴─► ExperienceBuffer ─► Learner ─► v+1
+       │                          ▲                                            bounded by slots                │
+       │                          └───── WeightSync: publish v+1; a generator that acknowledges it is READY ◄──┤
+       └──────────────────────────────── the batch's slots are freed with v+1 ◄────────────────────────────────┘
+
+    task      consumes            produces             waits for                       is unblocked by
+    _feed     ids of the ledger   one _rollout a slot  a slot                          _learn, publishing a version
+    _rollout  a prompt            an experience        a READY generator, its          weight sync, the workers
+                                                       response, score and ref lps
+    _learn    a batch             a version            B experiences that the          _rollout
+                                                       buffer's rule lets go
+
+One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Refs pass
+through unopened. Exactly as many prompts are issued as the steps need. The first task that fails ends all others, and
+``run`` raises its error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.errors import RlhfRayError
+from rlhf_ray.interfaces import Learner, Reference, Scorer
+from rlhf_ray.pipeline.buffer import ExperienceBuffer
+from rlhf_ray.pipeline.ledger import Ledger
+from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.pipeline.summary import RunSummary, Tally
+from rlhf_ray.pipeline.weight_sync import WeightSync
+from rlhf_ray.types import ExperienceRefs, Prompt
+
+__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary"]
+
+log = logging.getLogger("rlhf_ray.pipeline")
+
+WAIT_NOTICE_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+class PromptSource(Protocol):
+    """A pure function from ordinal to prompt."""
+
+    def prompt(self, prompt_id: int) -> Prompt: ...
+
+
+class KLController(Protocol):
+    """Sets the weight of the KL penalty from the KL that it sees."""
+
+    coef: float
+
+    def update(self, kl: float, samples: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+class Pipeline:
+    """One run of the loop; see the module's picture.
+
+    Args:
+        parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
+        on_step: is given each step's metrics and the learner's sample rows.
+        checkpoint: awaited with (steps done, ``state_dict()``) every ``checkpoint_every`` steps and at the end; it
+            saves the learner beside that state. Sampling goes on meanwhile.
+
+    To resume, load the learner, then ``load_state_dict``, then ``run``.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: PromptSource,
+        pool: GeneratorPool,
+        scorer: Scorer,
+        reference: Reference,
+        learner: Learner,
+        controller: KLController,
+        config: PPOConfig,
+        parity_tolerance: float,
+        on_step: Callable[[dict[str, float], Sequence[Mapping[str, Any]]], None],
+        checkpoint: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None,
+    ) -> None:
+        self._prompts = prompts
+        self._pool = pool
+        self._scorer = scorer
+        self._reference = reference
+        self._learner = learner
+        self._controller = controller
+        self._config = config
+        self._sync = WeightSync(pool, learner, tolerance=parity_tolerance)
+        self._on_step = on_step
+        self._checkpoint = checkpoint
+        self._ledger = Ledger()
+        self._tally = Tally()
+        self._buffer = ExperienceBuffer(batch_size=config.batch_size, max_staleness=config.max_staleness)
+        self._step = 0
+        self._saved_step = -1  # a stop before the first step leaves a checkpoint too
+        self._stopping = False
+        self._stages: dict[int, str] = {}  # of each prompt that has a slot and is not in the buffer
+        self._rollouts: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> RunSummary:
+        """Train until ``config.steps`` or ``request_stop``; ends the pool's workers in every case.
+
+        Raises:
+            RlhfRayError: or whatever else the first failing task raised, itself and not in a group.
+        """
+        began = _now()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._buffer.version = await self._sync.publish()
+                self._pool.start(tasks)
+                feeder = tasks.create_task(self._feed(tasks), name="feeder")
+                await self._learn()
+                self._ledger.close(in_flight=[*self._stages, *self._buffer.finished_ids()])
+                for task in (feeder, *self._rollouts):
+                    task.cancel()
+                await self._pool.close()
+        except BaseExceptionGroup as group:
+            cause = _first_error(group)
+            raise cause from cause.__cause__
+        finally:
+            await self._pool.close()
+        return self._tally.summary(
+            status="finished" if self._step >= self._config.steps else "interrupted",
+            steps=self._step,
+            seconds=_now() - began,
+            parity_max=self._sync.parity_max,
+            lost=self._ledger.lost,
+            trained_twice=self._ledger.trained_twice,
+        )
+
+    def request_stop(self) -> None:
+        """Finish the step in progress, write a checkpoint and return; call it in the loop's thread (Ctrl-C)."""
+        self._stopping = True
+        self._buffer.end()
+
+    async def _feed(self, tasks: asyncio.TaskGroup) -> None:
+        for prompt_id, issue in self._due():
+            await self._buffer.acquire()
+            issue(prompt_id)
+            self._stages[prompt_id] = "waiting for a generator"
+            rollout = tasks.create_task(self._rollout(self._prompts.prompt(prompt_id)), name=f"prompt {prompt_id}")
+            self._rollouts.add(rollout)
+            rollout.add_done_callback(self._rollouts.discard)
+
+    async def _rollout(self, prompt: Prompt) -> None:
+        receipt, rollout = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
+        self._tally.rollout_stage(prompt.prompt_id, "generate", receipt.seconds)
+        self._stages[prompt.prompt_id] = "being scored"
+        async with asyncio.TaskGroup() as both:
+            score = both.create_task(self._timed(prompt.prompt_id, "score", self._scorer.score(rollout)))
+            ref_logprobs = both.create_task(
+                self._timed(prompt.prompt_id, "reference", self._reference.logprobs(rollout))
+            )
+        self._ledger.scored(prompt.prompt_id)
+        del self._stages[prompt.prompt_id]
+        self._buffer.put(
+            ExperienceRefs(receipt=receipt, score=score.result(), rollout=rollout, ref_logprobs=ref_logprobs.result())
+        )
+
+    async def _learn(self) -> None:
+        while self._step < self._config.steps and (batch := await self._next_batch()):
+            await self._train(batch)
+            if self._config.checkpoint_every and self._step % self._config.checkpoint_every == 0:
+                await self._save()
+        await self._save()
+
+    async def _train(self, batch: list[ExperienceRefs]) -> None:
+        self._ledger.trained([e.receipt.prompt_id for e in batch])
+        began = _now()
+        report = await self._learner.train_step(batch, kl_coef=self._controller.coef)
+        if report.version != self._buffer.version + 1:
+            raise RlhfRayError(
+                f"a step at version {self._buffer.version} made version {report.version}, not the next one"
+            )
+        self._step += 1
+        slots_in_use = self._buffer.slots_in_use
+        self._tally.learner_stage("train", _now() - began)
+        if not report.metrics.get("skipped"):
+            self._controller.update(report.metrics["kl"], len(batch))
+        if self._step < self._config.steps and not self._stopping:  # nobody would sample from a last version
+            await self._publish(report.version)
+        others = {"slots_in_use": slots_in_use, "generators": self._pool.size()}
+        row = self._tally.step(self._step, batch, report, _now(), others | self._sync.collect_metrics())
+        self._on_step(row, report.samples)
+
+    async def _publish(self, version: int) -> None:
+        began = _now()
+        published = await self._sync.publish()
+        if published != version:
+            raise RlhfRayError(f"the learner made version {version} and published version {published}")
+        self._buffer.release(published)
+        self._tally.learner_stage("publish", _now() - began)
+
+    async def _next_batch(self) -> list[ExperienceRefs]:
+        """The next batch, or an empty one when a stop was requested; says every few seconds what it waits for."""
+        began = _now()
+        while True:
+            try:
+                async with asyncio.timeout(WAIT_NOTICE_SECONDS):
+                    batch = await self._buffer.take()
+            except TimeoutError:
+                log.info("the learner has waited %.0f s for a batch: %s", _now() - began, self._what_is_under_way())
+            else:
+                self._tally.learner_stage("wait", _now() - began)
+                return batch
+
+    async def _save(self) -> None:
+        if self._checkpoint is None or self._saved_step == self._step:
+            return
+        began = _now()
+        await self._checkpoint(self._step, self.state_dict())
+        self._saved_step = self._step
+        self._tally.learner_stage("checkpoint", _now() - began)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state to resume from, beside what the learner saves."""
+        return {
+            "step": self._step,
+            "ledger": self._ledger.state_dict(),
+            "controller": self._controller.state_dict(),
+            "tally": self._tally.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``: what was in flight is issued again first, under its old ids and seeds."""
+        self._step = self._saved_step = state["step"]
+        self._ledger.load_state_dict(state["ledger"])
+        self._controller.load_state_dict(state["controller"])
+        self._tally.load_state_dict(state["tally"])
+
+    def _due(self) -> Iterator[tuple[int, Callable[[int], None]]]:
+        """Ids that the remaining steps need, each with the ledger's word for it: interrupted ones first."""
+        needed = (self._config.steps - self._step) * self._config.batch_size
+        again = self._ledger.unfinished()[:needed]
+        yield from ((prompt_id, self._ledger.reissue) for prompt_id in again)
+        first = self._ledger.next_id
+        yield from ((prompt_id, self._ledger.issue) for prompt_id in range(first, first + needed - len(again)))
+
+    def _admit(self, prompt_id: int, version: int) -> None:
+        self._buffer.admit(prompt_id, version)
+        self._tally.admitted(_now())
+        self._stages[prompt_id] = "being generated"
+
+    def _withdraw(self, prompt_id: int) -> None:
+        self._ledger.reissue(prompt_id)
+        self._buffer.withdraw(prompt_id)
+        self._stages[prompt_id] = "waiting for a generator"
+
+    async def _timed(self, prompt_id: int, stage: str, call: Awaitable[T]) -> T:
+        began = _now()
+        result = await call
+        self._tally.rollout_stage(prompt_id, stage, _now() - began)
+        return result
+
+    def _what_is_under_way(self) -> str:
+        prompts = [f"{n} {stage}" for stage, n in Counter(self._stages.values()).items()]
+        finished = f"{len(self._buffer.finished_ids())} finished of a batch of {self._config.batch_size}"
+        workers = ", ".join(f"{name} {state.value}" for name, state in self._pool.states().items())
+        return f"prompts: {', '.join([*prompts, finished])}; generators: {workers or 'none'}"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

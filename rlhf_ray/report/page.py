@@ -1,0 +1,356 @@
+"""One HTML file about a run: figures, curves, samples and the configuration, from what lies in the run's folder.
+
+Self-contained: no script, no font, no picture from elsewhere. Whatever a model wrote is untrusted text: the template
+escapes it, and the page forbids scripts. What a stage has not produced yet is shown as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rlhf_ray.errors import DataError
+from rlhf_ray.metrics import METRICS_FILE, SAMPLES_FILE, read_lines, read_summary
+from rlhf_ray.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Chart, ChartSpec, draw, short
+from rlhf_ray.report.step_table import duration
+from rlhf_ray.roles.judge import SIMULATED_ANNOTATOR, VaderJudge
+from rlhf_ray.stages.evaluate import Evaluation, PairedSample, load_evaluation
+
+REPORT_FILE = "report.html"
+LEARNER_STAGES = {"train": "training", "wait": "waiting for samples", "publish": "publishing", "checkpoint": "saving"}
+
+CHARTS: Mapping[str, tuple[ChartSpec, ...]] = {
+    "Is it learning?": (
+        ChartSpec(
+            title="Score",
+            about="mean of the reward model's normalised score; what PPO raises",
+            series={"score_mean": "score"},
+        ),
+        ChartSpec(
+            title="Gold score",
+            about="mean verdict of the judge that PPO never sees",
+            series={"gold_mean": "gold"},
+        ),
+        ChartSpec(
+            title="KL to the reference",
+            about="nats per response; how far the policy has moved",
+            series={"kl": "k1", "kl_k3": "k3"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Entropy",
+            about="nats per token; near 0 the policy always says the same",
+            series={"entropy": "entropy"},
+            from_zero=True,
+        ),
+        ChartSpec(title="Response length", about="mean tokens", series={"response_length": "tokens"}, from_zero=True),
+        ChartSpec(
+            title="Truncated share",
+            about="responses cut at sampling.max_new_tokens",
+            series={"truncated_share": "share"},
+            from_zero=True,
+        ),
+    ),
+    "Is the update healthy?": (
+        ChartSpec(
+            title="Approximate KL of one update",
+            about="nats per token between the policy before and after the step",
+            series={"approx_kl": "approx_kl"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Clip fraction",
+            about="tokens whose ratio left the clip range",
+            series={"clipfrac": "clipfrac"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Explained variance",
+            about="1: the critic foresees the return; 0 or less: it does not",
+            series={"explained_variance": "explained variance"},
+        ),
+        ChartSpec(title="Gradient norm", about="before clipping", series={"grad_norm": "grad_norm"}, from_zero=True),
+    ),
+    "Is the loop healthy?": (
+        ChartSpec(
+            title="Staleness",
+            about="versions that a sample's oldest token lags behind the learner",
+            series={"staleness_mean": "mean", "staleness_max": "largest"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Seconds by stage",
+            about="the learner's step, part by part",
+            series={
+                "seconds_train": "train",
+                "seconds_wait": "wait for samples",
+                "seconds_publish": "publish weights",
+            },
+            stacked=True,
+        ),
+        ChartSpec(
+            title="Seconds beside the learner",
+            about="mean of one rollout in each worker, and of one weight update; they overlap",
+            series={
+                "seconds_generate": "generate",
+                "seconds_score": "score",
+                "seconds_reference": "reference",
+                "seconds_sync": "weight update",
+            },
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Samples per second",
+            about="trained, end to end",
+            series={"samples_per_second": "samples/s"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Sampler–learner gap",
+            about="largest log-probability difference after a weight update, nats",
+            series={"parity_max": "largest gap"},
+            from_zero=True,
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A headline number; ``value`` is None where no stage has produced it, and ``note`` then says which would."""
+
+    label: str
+    value: str | None
+    note: str
+    good: bool | None = None
+    """True and False colour the figure; None leaves it plain."""
+
+
+def with_gold(
+    rows: Sequence[Mapping[str, float]], samples: Sequence[Mapping[str, Any]], judge: Callable[[str], float]
+) -> list[dict[str, float]]:
+    """The steps' metrics with ``gold_mean``: the judge's mean over the responses that ``samples.jsonl`` kept of each.
+
+    The labeller is a program here, so it can be asked about every step, long after the run; PPO never saw its word.
+    """
+    gold: dict[float, list[float]] = defaultdict(list)
+    for sample in samples:
+        gold[sample["step"]].append(judge(sample["response"]))
+    return [{**row, **({"gold_mean": fmean(gold[row["step"]])} if row["step"] in gold else {})} for row in rows]
+
+
+def write_report(run_dir: Path, *, samples: int = 12) -> Path:
+    """Write ``report.html`` into the run's folder and return its path.
+
+    ``samples`` is the number of held-out prompts shown with both policies' responses.
+    Raises ``DataError`` when the folder holds nothing to report on.
+    """
+    rows = [row for row in read_lines(run_dir / METRICS_FILE) if isinstance(row.get("step"), int | float)]
+    summary, evaluation = read_summary(run_dir), load_evaluation(run_dir)
+    reward = _read_json(run_dir / "reward" / "reward_report.json")
+    if not (rows or summary or evaluation or reward):
+        raise DataError(f"{run_dir} holds no metrics, evaluation or reward model yet; run rlhf-ray ppo or demo first")
+    config_text = _read_text(run_dir / "config.resolved.yaml")
+    if SIMULATED_ANNOTATOR in (reward or {}).get("annotators", ()):
+        rows = with_gold(rows, read_lines(run_dir / SAMPLES_FILE), VaderJudge().score)
+    sections, absent = draw_all(rows)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        name=run_dir.resolve().name,
+        summary=summary,
+        facts=_facts(rows, summary, config_text),
+        notice=_simulated_notice(evaluation, reward),
+        figures=headline(summary, evaluation, reward),
+        sections=sections,
+        absent=absent,
+        step_mean=math.ceil(len(rows) / MAX_POINTS),
+        frame={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": HEIGHT},
+        evaluation=evaluation,
+        comparison=_comparison(evaluation),
+        samples=first_of_each_prompt(evaluation.samples if evaluation else (), samples),
+        stages=_stage_bars(summary),
+        config_text=config_text,
+        version=_version(),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+    path = run_dir / REPORT_FILE
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(page, "utf-8")
+    temporary.replace(path)
+    return path
+
+
+def draw_all(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Chart]], list[str]]:
+    """The charts under their headings, and the titles of those that had nothing to show."""
+    sections: dict[str, list[Chart]] = {}
+    absent: list[str] = []
+    for heading, specs in CHARTS.items():
+        for spec in specs:
+            chart = draw(spec, rows)
+            if chart is None:
+                absent.append(spec.title)
+            else:
+                sections.setdefault(heading, []).append(chart)
+    return sections, absent
+
+
+def headline(
+    summary: Mapping[str, Any], evaluation: Evaluation | None, reward: Mapping[str, Any] | None
+) -> list[Figure]:
+    """The figures at the top of the page, in the order a reader asks for them."""
+    return [*_evaluated(evaluation), _kl(summary, evaluation), _accuracy(reward), *_loop(summary)]
+
+
+def first_of_each_prompt(samples: Sequence[PairedSample], limit: int) -> list[PairedSample]:
+    """The first pair of each of the first ``limit`` prompts: chosen by place, not by how well they came out."""
+    first: dict[str, PairedSample] = {}
+    for sample in samples:
+        first.setdefault(sample.prompt, sample)
+    return list(first.values())[:limit]
+
+
+def _evaluated(evaluation: Evaluation | None) -> list[Figure]:
+    if evaluation is None:
+        note = "no evaluation yet: rlhf-ray evaluate"
+        return [Figure(label=label, value=None, note=note) for label in ("Gold score", "Win rate")]
+    gain, win = evaluation.gold_gain, evaluation.win_rate
+    return [
+        Figure(
+            label="Gold score",
+            value=f"{evaluation.base.gold:.2f} → {evaluation.trained.gold:.2f}",
+            note=f"{gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f}) on {evaluation.prompts} held-out prompts",
+            good=True if gain.low > 0 else False if gain.high < 0 else None,
+        ),
+        Figure(
+            label="Win rate",
+            value=f"{win.value:.0%}",
+            note=f"{win.low:.0%} to {win.high:.0%}, trained over base; ties ({evaluation.tie_share:.0%}) count half",
+            good=True if win.low > 0.5 else False if win.high < 0.5 else None,
+        ),
+    ]
+
+
+def _kl(summary: Mapping[str, Any], evaluation: Evaluation | None) -> Figure:
+    if evaluation is not None:
+        return Figure(label="KL", value=f"{evaluation.trained.kl:.1f}", note="nats per response on held-out prompts")
+    if summary.get("kl_last") is not None:
+        return Figure(label="KL", value=f"{summary['kl_last']:.1f}", note="nats per response at the last step")
+    return Figure(label="KL", value=None, note="no PPO step yet: rlhf-ray ppo")
+
+
+def _accuracy(reward: Mapping[str, Any] | None) -> Figure:
+    if reward is None or reward.get("accuracy") is None:
+        return Figure(label="Reward-model accuracy", value=None, note="not trained in this run: rlhf-ray reward")
+    interval = ""
+    if reward.get("accuracy_low") is not None and reward.get("accuracy_high") is not None:
+        interval = f"{reward['accuracy_low']:.0%} to {reward['accuracy_high']:.0%} "
+    pairs = f"on {reward['pairs']} held-out pairs" if "pairs" in reward else "on held-out pairs"
+    return Figure(label="Reward-model accuracy", value=f"{reward['accuracy']:.0%}", note=interval + pairs)
+
+
+def _loop(summary: Mapping[str, Any]) -> list[Figure]:
+    def shown(key: str, form: str) -> str | None:
+        return None if summary.get(key) is None else format(summary[key], form)
+
+    absent = "no PPO run yet: rlhf-ray ppo"
+    speed, tokens = shown("samples_per_second", ".1f"), shown("tokens_per_second", ".0f")
+    lost, twice = summary.get("lost"), summary.get("trained_twice")
+    known = lost is not None and twice is not None
+    return [
+        Figure(
+            label="Samples per second", value=speed, note=f"{tokens} tokens/s" if tokens else "" if speed else absent
+        ),
+        Figure(
+            label="Lost · trained twice",
+            value=f"{lost} · {twice}" if known else None,
+            note="samples, by the prompt ledger" if known else absent,
+            good=None if not known else not (lost or twice),
+        ),
+    ]
+
+
+def _comparison(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
+    """(what, base, trained) for the table beside the samples."""
+    if evaluation is None:
+        return []
+    base, trained = evaluation.base, evaluation.trained
+    return [
+        ("Gold score", f"{base.gold:.3f}", f"{trained.gold:.3f}"),
+        ("Reward-model score", f"{base.score:.3f}", f"{trained.score:.3f}"),
+        ("KL, nats per response", f"{base.kl:.2f}", f"{trained.kl:.2f}"),
+        ("Tokens per response", f"{base.tokens:.1f}", f"{trained.tokens:.1f}"),
+        ("Truncated", f"{base.truncated_share:.0%}", f"{trained.truncated_share:.0%}"),
+        ("Distinct words", f"{base.distinct_1:.2f}", f"{trained.distinct_1:.2f}"),
+        ("Distinct word pairs", f"{base.distinct_2:.2f}", f"{trained.distinct_2:.2f}"),
+    ]
+
+
+def _facts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config_text: str | None) -> list[str]:
+    config = yaml.safe_load(config_text) if config_text else {}
+    facts = [str(config["model"]["path"])] if config else []
+    if rows:
+        facts.append(f"{len(rows)} steps")
+    if summary.get("samples") is not None:
+        facts.append(f"{summary['samples']} samples")
+    if summary.get("staleness_max") is not None:
+        facts.append(f"staleness at most {short(summary['staleness_max'])}")
+    if summary.get("wall_seconds") is not None:
+        facts.append(duration(summary["wall_seconds"]))
+    return facts
+
+
+def _stage_bars(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """(stage, duration, per cent of the longest) of the learner's stages, whose seconds add up over the run."""
+    timed = summary.get("stage_seconds") or {}
+    seconds = {name: float(timed[key]) for key, name in LEARNER_STAGES.items() if timed.get(key) is not None}
+    longest = max(seconds.values(), default=0) or 1
+    return [(name, duration(s), round(100 * s / longest, 1)) for name, s in seconds.items()]
+
+
+def _simulated_notice(evaluation: Evaluation | None, reward: Mapping[str, Any] | None) -> str | None:
+    """What a program did in this run where people would; None where none did."""
+    annotators = [str(name) for name in (reward or {}).get("annotators", ())]
+    roles = ["compared the responses that the reward model learned from"] if _any_simulated(annotators) else []
+    roles += ["gave the gold scores below"] if evaluation is not None else []
+    if not roles:
+        return None
+    return (
+        f"A program (VADER sentiment) {' and '.join(roles)}. It stands in for people: these figures show that the loop "
+        "works, not what people want."
+    )
+
+
+def _any_simulated(annotators: Sequence[str]) -> bool:
+    return any(name.startswith("simulated:") for name in annotators)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rlhf-ray")
+    except metadata.PackageNotFoundError:
+        return "(from source)"
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text("utf-8") if path.exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else None

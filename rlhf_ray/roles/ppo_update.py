@@ -1,0 +1,278 @@
+"""One PPO update of a policy with a value head: the arithmetic of a learner's step.
+
+    old log-probs, values ─► token rewards ─► GAE ─► whitening ─► clipped losses ─► gradient ─► AdamW
+
+Losses are sums over micro-batches divided by the tokens of the whole minibatch, so how a batch is cut changes nothing
+but memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlhf_ray.algorithms.advantages import gae
+from rlhf_ray.algorithms.kl import k1, k2, k3
+from rlhf_ray.algorithms.losses import explained_variance, policy_loss, value_loss
+from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
+from rlhf_ray.algorithms.offpolicy import importance_weights
+from rlhf_ray.algorithms.rewards import token_rewards
+from rlhf_ray.config import RunConfig
+from rlhf_ray.data.batching import micro_batches, select
+from rlhf_ray.models.policy import PolicyModel, PolicyOutput
+from rlhf_ray.types import Batch
+
+
+class NonFiniteError(Exception):
+    """A number of the update is not one; the step is to be skipped. Caught by the learner."""
+
+    def __init__(self, cause: str, prompt_id: int) -> None:
+        super().__init__(cause, prompt_id)
+        self.cause = cause
+        self.prompt_id = prompt_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The policy's view of a batch: [B, T], 0 where masked."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """What the losses pull towards: [B, T], without gradient, the same in every pass over a batch."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor | None
+    """Behaviour → proximal importance weights; None where every sample is on-policy."""
+
+    def select(self, rows: Sequence[int], length: int) -> Targets:
+        """Those rows, trimmed to ``length`` response tokens."""
+        names = (field.name for field in fields(self) if getattr(self, field.name) is not None)
+        trimmed: dict[str, Any] = {name: getattr(self, name)[list(rows), :length] for name in names}
+        return replace(self, **trimmed)
+
+
+Part = tuple[Batch, Evaluation, Targets]
+
+
+class PPOUpdate:
+    """Clipped policy and value losses (Schulman et al. 2017), decoupled when samples are stale (Fu et al. 2025)."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        *,
+        dtype: torch.dtype,
+        rng: torch.Generator,
+    ) -> None:
+        """
+        Args:
+            dtype: of forward and backward; bfloat16 turns autocast on.
+            rng: draws the minibatches.
+        """
+        self._model = model
+        self._optimizer = optimizer
+        self._config = config
+        self._dtype = dtype
+        self._rng = rng
+
+    def run(self, batch: Batch, *, kl_coef: float) -> tuple[dict[str, float], Tensor]:
+        """Update the model in place; returns the metrics and the [B, T] log-probabilities before the update.
+
+        Raises:
+            NonFiniteError: an input, log-probability, loss or gradient norm is not finite; from then on no weight
+                changes.
+        """
+        refuse_non_finite(batch, rollout_logprobs=batch.rollout_logprobs, ref_logprobs=batch.ref_logprobs)
+        refuse_non_finite(batch, score=batch.scores.unsqueeze(1))
+        pieces = self._pieces(batch)
+        single_pass = self._single_pass(pieces)
+        with torch.set_grad_enabled(single_pass):
+            before = self._evaluate(batch, pieces)
+        refuse_non_finite(batch, logprobs=before.logprobs, values=before.values)
+        targets, metrics = self._targets(batch, before, kl_coef)
+        if single_pass:
+            stats = self._step([(batch, before, targets)], batch.response_mask.sum())
+        else:
+            stats = self._epochs(batch, targets)
+        return metrics | stats, targets.old_logprobs
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 arithmetic over float32 weights, where the learner's precision says so."""
+        context: AbstractContextManager[None] = torch.autocast(
+            next(self._model.parameters()).device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16
+        )
+        return context
+
+    def _pieces(self, batch: Batch) -> list[list[int]]:
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        return micro_batches(lengths, max_tokens=self._config.learner.micro_batch_tokens)
+
+    def _single_pass(self, pieces: Sequence[Sequence[int]]) -> bool:
+        """One optimiser step over a batch that fits in memory: the proximal policy is then the current one, so the
+        forward that gives the old log-probabilities and values is also the one that is differentiated.
+        """
+        return self._config.ppo.epochs == self._config.ppo.minibatches == len(pieces) == 1
+
+    def _evaluate(self, batch: Batch, pieces: Sequence[Sequence[int]]) -> Evaluation:
+        """All rows, piece by piece, put back in the batch's order and width."""
+        outputs = [self._forward(select(batch, rows)) for rows in pieces]
+        width = batch.response_ids.shape[1]
+        order = torch.tensor([row for rows in pieces for row in rows], device=batch.response_ids.device).argsort()
+
+        def joined(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])[order]
+
+        return Evaluation(
+            logprobs=joined(output.logprobs for output in outputs),
+            values=joined(output.values for output in outputs),
+            entropy=joined(output.entropy for output in outputs),
+        )
+
+    def _forward(self, batch: Batch) -> Evaluation:
+        with self.autocast():
+            output: PolicyOutput = self._model(
+                batch.input_ids,
+                batch.prompt_len,
+                batch.response_ids,
+                batch.response_mask,
+                temperature=self._config.sampling.temperature,
+                with_values=True,
+                with_entropy=True,
+                entropy_gradient=self._config.ppo.entropy_coef > 0,
+            )
+        assert output.values is not None
+        assert output.entropy is not None
+        return Evaluation(logprobs=output.logprobs, values=output.values, entropy=output.entropy)
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, before: Evaluation, kl_coef: float) -> tuple[Targets, dict[str, float]]:
+        ppo, mask = self._config.ppo, batch.response_mask
+        old_logprobs, old_values = before.logprobs.detach(), before.values.detach()
+        rewards = token_rewards(
+            batch.scores,
+            old_logprobs,
+            batch.ref_logprobs,
+            mask,
+            kl_coef=kl_coef,
+            truncated=batch.truncated,
+            missing_eos_penalty=ppo.missing_eos_penalty,
+            score_clip=ppo.score_clip,
+        )
+        advantages, returns = gae(rewards, old_values, mask, gamma=ppo.gamma, lam=ppo.lam)
+        weights, importance = None, {"importance_mean": 1.0, "importance_clipped": 0.0}
+        if batch.staleness.any():
+            weights, clipped = importance_weights(old_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap)
+            importance = {"importance_mean": float(masked_mean(weights, mask)), "importance_clipped": float(clipped)}
+        targets = Targets(
+            old_logprobs=old_logprobs,
+            old_values=old_values,
+            advantages=masked_whiten(advantages, mask),
+            returns=returns,
+            weights=weights,
+        )
+        metrics = {
+            "kl": float(k1(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
+            "kl_k3": float(k3(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
+            "explained_variance": explained_variance(old_values, returns, mask),
+        }
+        return targets, metrics | importance
+
+    def _epochs(self, batch: Batch, targets: Targets) -> dict[str, float]:
+        """``ppo.epochs`` passes of ``ppo.minibatches`` optimiser steps each; the mean of their metrics."""
+        ppo, rows = self._config.ppo, len(batch.prompt_ids)
+        size = rows // ppo.minibatches
+        steps = []
+        for _ in range(ppo.epochs):
+            order = torch.randperm(rows, generator=self._rng).tolist()
+            for start in range(0, rows, size):
+                chosen = order[start : start + size]
+                minibatch = select(batch, chosen)
+                of_chosen = targets.select(chosen, minibatch.response_ids.shape[1])
+                steps.append(self._step(self._parts(minibatch, of_chosen), minibatch.response_mask.sum()))
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+
+    def _parts(self, batch: Batch, targets: Targets) -> Iterable[Part]:
+        """Micro-batches, each computed when it is asked for."""
+        for rows in self._pieces(batch):
+            part = select(batch, rows)
+            yield part, self._forward(part), targets.select(rows, part.response_ids.shape[1])
+
+    def _step(self, parts: Iterable[Part], count: Tensor) -> dict[str, float]:
+        """One optimiser step over ``count`` response tokens; a part's backward comes before the next one's forward."""
+        totals: dict[str, float] = {}
+        suspect = (-1.0, -1)
+        for batch, current, targets in parts:
+            refuse_non_finite(batch, logprobs=current.logprobs, values=current.values)
+            loss, stats = self._loss(batch, current, targets, count)
+            suspect = max(suspect, _furthest(batch, current, targets))
+            if not torch.isfinite(loss):
+                raise NonFiniteError("the loss is not finite", suspect[1])
+            loss.backward()
+            totals = {name: totals.get(name, 0.0) + float(value) for name, value in stats.items()}
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError("the gradient norm is not finite", suspect[1])
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return totals | {"grad_norm": float(norm)}
+
+    def _loss(
+        self, batch: Batch, current: Evaluation, targets: Targets, count: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        ppo, mask = self._config.ppo, batch.response_mask
+        policy, stats = policy_loss(
+            current.logprobs,
+            targets.old_logprobs,
+            targets.advantages,
+            mask,
+            clip=ppo.clip,
+            weights=targets.weights,
+            count=count,
+        )
+        value = value_loss(current.values, targets.old_values, targets.returns, mask, clip=ppo.value_clip, count=count)
+        entropy = masked_mean(current.entropy, mask, count=count)
+        loss = policy + ppo.value_coef * value - ppo.entropy_coef * entropy
+        if ppo.kl.loss != "none":
+            estimate = {"k2": k2, "k3": k3}[ppo.kl.loss](current.logprobs, batch.ref_logprobs)
+            loss = loss + ppo.kl.loss_coef * masked_mean(estimate, mask, count=count)
+        return loss, {
+            "loss_policy": policy.detach(),
+            "loss_value": value.detach(),
+            "entropy": entropy.detach(),
+            "approx_kl": stats.approx_kl,
+            "clipfrac": stats.clipfrac,
+        }
+
+
+def refuse_non_finite(batch: Batch, **per_row: Tensor) -> None:
+    """Raises:
+    NonFiniteError: naming the first row of a [B, ...] tensor that holds NaN or infinity.
+    """
+    for name, tensor in per_row.items():
+        bad = (~torch.isfinite(tensor)).any(dim=1)
+        if bad.any():
+            raise NonFiniteError(f"{name} holds NaN or infinity", batch.prompt_ids[int(bad.int().argmax())])
+
+
+@torch.no_grad()
+def _furthest(batch: Batch, current: Evaluation, targets: Targets) -> tuple[float, int]:
+    """Nats and prompt id of the row that moved furthest: whom to suspect where no single number is to blame."""
+    gaps = (current.logprobs - targets.old_logprobs).abs().amax(dim=1)
+    row = int(gaps.argmax())
+    return float(gaps[row]), batch.prompt_ids[row]

@@ -1,0 +1,76 @@
+"""The frozen policy that the KL is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_ray.data.batching import micro_batches
+from rlhf_ray.models.loading import load_policy_model, resolve_device, resolve_precision, set_threads
+from rlhf_ray.models.policy import PolicyModel
+from rlhf_ray.types import Rollout
+
+
+class ReferenceModel:
+    """Log-probabilities of responses under one fixed policy. Plain and synchronous."""
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        *,
+        device: str = "cpu",
+        precision: str = "auto",
+        temperature: float = 1.0,
+        max_batch_tokens: int = 2048,
+        threads: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """
+        Args:
+            model_folder: Hugging Face folder or hub id.
+            precision: of the arithmetic (autocast); the weights are float32.
+            temperature: the sampler's; the logits are divided by it.
+            max_batch_tokens: most padded tokens in one forward.
+            threads: CPU threads of a forward; 0: every core.
+
+        Raises:
+            ModelError: the model cannot be used.
+        """
+        self._device = resolve_device(device, 0)
+        self._dtype = resolve_precision(precision, self._device)
+        self._temperature = temperature
+        self._max_batch_tokens = max_batch_tokens
+        self._threads = threads
+        language_model = load_policy_model(model_folder, trust_remote_code=trust_remote_code)
+        self._model = PolicyModel(language_model).to(self._device).eval().requires_grad_(False)
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        """For each rollout, the [T] float32 log-probabilities of its response, nats, at the sampling temperature."""
+        set_threads(self._threads)
+        lengths = [len(rollout.prompt.token_ids) + len(rollout.response_ids) for rollout in rollouts]
+        results: dict[int, np.ndarray] = {}
+        for rows in micro_batches(lengths, max_tokens=self._max_batch_tokens):
+            for row, logprobs in zip(rows, self._forward([rollouts[row] for row in rows]), strict=True):
+                results[row] = logprobs
+        return [results[row] for row in range(len(rollouts))]
+
+    @torch.inference_mode()
+    def _forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+        responses = [torch.tensor(rollout.response_ids) for rollout in rollouts]
+        tokens = [torch.tensor(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
+        lengths = torch.tensor([len(response) for response in responses])
+        response_ids = pad_sequence(responses, batch_first=True)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            output = self._model(
+                pad_sequence(tokens, batch_first=True).to(self._device),
+                torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts], device=self._device),
+                response_ids.to(self._device),
+                (torch.arange(response_ids.shape[1]) < lengths.unsqueeze(1)).to(self._device),
+                temperature=self._temperature,
+            )
+        logprobs = output.logprobs.cpu().numpy()
+        return [row[:length].copy() for row, length in zip(logprobs, lengths.tolist(), strict=True)]

@@ -1,0 +1,49 @@
+"""The reward service as a Ray Serve application: ``serve run rlhf_ray.serving.app:build_app model=DIR``.
+
+A run, the command line and ``deployments/reward_service.yaml`` all come through ``build_app``.
+``from __future__ import annotations`` is missing on purpose: Serve looks at the class that annotates the builder's
+argument, and would pass a plain dict where it finds the class's name.
+"""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+from ray.serve.schema import LoggingConfig
+
+from rlhf_ray.cluster import WORKER_ENV
+from rlhf_ray.serving.reward_service import RewardService
+from rlhf_ray.serving.schemas import RewardServiceArgs
+
+ONGOING_BATCHES = 16
+"""Batches' worth of calls that a replica holds at once: it must see many to choose companions of like length from."""
+
+MAX_QUEUED_REQUESTS = 4096
+"""Calls that one caller may have waiting for a replica; more are told 429. Far above a burst of rollouts."""
+
+
+class _ServedRewardService(RewardService):
+    """What Serve asks of an ingress class: its ASGI app, once the replica is constructed."""
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.http_app()
+
+
+def build_app(args: RewardServiceArgs) -> Application:
+    """The application; its ingress answers HTTP and the handle method ``score_rollout``."""
+    deployment = serve.deployment(
+        serve.ingress()(_ServedRewardService),
+        name=args.name,
+        num_replicas=args.replicas,
+        max_ongoing_requests=ONGOING_BATCHES * args.max_batch_size,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
+        max_constructor_retry_count=1,  # what cannot be loaded fails again; a replica that ran is replaced
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "runtime_env": {"env_vars": dict(WORKER_ENV)},
+        },
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    return deployment.bind(args)

@@ -1,0 +1,82 @@
+"""Evaluate on a cluster: sample both policies with vLLM, score them as the loop did, and measure the KL to the base."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+import ray
+
+from rlhf_ray.actors.reference import RayReference, reference_options
+from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
+from rlhf_ray.config import RunConfig
+from rlhf_ray.roles.judge import VaderJudge
+from rlhf_ray.stages.collect import Progress, sample_responses
+from rlhf_ray.stages.evaluate import Evaluation, evaluate, trained_policy
+from rlhf_ray.stages.ppo import reward_model_folder
+from rlhf_ray.stages.prepare import check_same_tokenizer, prepare
+from rlhf_ray.stages.serve import ServedReward, served_reward
+from rlhf_ray.types import Rollout, Score
+
+CONCURRENT_SCORES = 256
+"""Responses sent to the reward service at once: well below what it queues."""
+
+EVAL_SEED_OFFSET = 1_000_003
+"""Added to the run's seed, so that held-out responses do not share sampling seeds with training."""
+
+
+def run_evaluate(
+    config: RunConfig, *, service: ServedReward | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """Compare ``runs/NAME/policy`` with the base model on ``prompts.eval_path``.
+
+    Args:
+        service: a reward model that is already served; by default one is served for this alone.
+
+    Raises:
+        InputError: no trained policy, no reward model, or prompts that cannot be used.
+    """
+    trained_policy(config)
+    prepared = prepare(config)
+    config = prepared.config
+    encoded = prepared.encode(config.prompts.eval_path)[: config.evaluate.max_prompts]
+    reward_folder = reward_model_folder(config)
+    check_same_tokenizer(prepared.tokenizer, reward_folder)
+
+    def sample(model: str) -> list[Rollout]:
+        folder = prepared.model_folder if model == config.model.path else model
+        n = config.evaluate.samples_per_prompt
+        return sample_responses(prepared, folder, encoded, n, seed=config.seed + EVAL_SEED_OFFSET, progress=progress)
+
+    with connected():
+        check_resources([need for need in worker_needs(config) if need.section != "learner"])
+        reference = RayReference.start(config, reference_options(config, prepared.model_folder))
+        with contextlib.closing(reference), served_reward(config, reward_folder, service) as served:
+            evaluation = evaluate(
+                config,
+                sample=sample,
+                gold=VaderJudge().score,
+                score=lambda rollouts: asyncio.run(_scores(served, rollouts)),
+                reference_logprobs=lambda rollouts: asyncio.run(_logprobs(reference, rollouts)),
+            )
+    return evaluation
+
+
+async def _scores(served: ServedReward, rollouts: Sequence[Rollout]) -> list[Score]:
+    scorer = ServedScorer(served.handle)
+    places = asyncio.Semaphore(CONCURRENT_SCORES)
+
+    async def score(rollout: Rollout) -> Score:
+        async with places:
+            return await scorer.score(ray.put(rollout))
+
+    return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
+
+
+async def _logprobs(reference: RayReference, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+    await wait_ready(reference.ready_refs())
+    refs = await asyncio.gather(*(reference.logprobs(ray.put(rollout)) for rollout in rollouts))
+    return list(await asyncio.gather(*refs))

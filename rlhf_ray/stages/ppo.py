@@ -1,0 +1,267 @@
+"""The asynchronous PPO loop put together on a Ray cluster: who is started, with what, and what is left on disk.
+
+prepare ─► check resources ─► reward model served; learner, references, generators up ─► Pipeline.run ─► export
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray import checkpoint
+from rlhf_ray.actors.generator import RayGenerator, engine_options
+from rlhf_ray.actors.learner import RayLearner
+from rlhf_ray.actors.reference import RayReference, reference_options
+from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.algorithms.kl import kl_controller
+from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
+from rlhf_ray.config import RunConfig, save_resolved
+from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.metrics import MetricsWriter, write_summary
+from rlhf_ray.models.reward import check_reward_folder
+from rlhf_ray.pipeline.loop import Pipeline
+from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.pipeline.summary import RunSummary
+from rlhf_ray.stages.prepare import Prepared, check_same_tokenizer, prepare
+from rlhf_ray.stages.serve import ServedReward, served_reward
+
+log = logging.getLogger("rlhf_ray.ppo")
+
+OnStep = Callable[[Mapping[str, float]], None]
+
+PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Default of ``ppo.parity_tolerance`` by the coarser dtype of generator and learner, nats."""
+
+
+def run_ppo(
+    config: RunConfig, *, resume: bool = False, service: ServedReward | None = None, on_step: OnStep | None = None
+) -> RunSummary:
+    """Improve the policy against the served reward model; leaves metrics, checkpoints and the policy.
+
+    Args:
+        resume: go on from the newest whole checkpoint of this run.
+        service: a reward model that is already served; by default this serves ``serve.model`` for the run alone.
+        on_step: hears of each step's metrics.
+
+    Raises:
+        InputError: something that cannot work, before anything is started.
+        RlhfRayError: the run's cause of death.
+    """
+    prepared = prepare(config)
+    config = prepared.config
+    prompts = PromptStream(prepared.encode(config.prompts.path), seed=config.seed)
+    reward_folder = reward_model_folder(config)
+    check_same_tokenizer(prepared.tokenizer, reward_folder)
+    start = _find_start(config, resume)
+    with connected():
+        check_resources(worker_needs(config))
+        save_resolved(config, config.run_dir / "config.resolved.yaml")
+        with served_reward(config, reward_folder, service) as served:
+            summary = asyncio.run(_run(prepared, prompts, served, start, on_step or (lambda metrics: None)))
+    write_summary(config.run_dir, asdict(summary))
+    return summary
+
+
+def reward_model_folder(config: RunConfig) -> Path:
+    """``serve.model``, or the reward model that this run trained.
+
+    Raises:
+        ModelError: there is none, or it cannot be one.
+    """
+    folder = Path(config.serve.model).expanduser() if config.serve.model else config.run_dir / "reward"
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"there is no reward model in {folder}; train one with `rlhf-ray reward`, "
+            "or name its folder with serve.model"
+        )
+    check_reward_folder(folder)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Start:
+    """Where the run begins: at nothing, or at a checkpoint."""
+
+    folder: Path | None = None
+    state: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The loop's actors."""
+
+    learner: RayLearner
+    reference: RayReference
+    pool: GeneratorPool
+
+
+def _find_start(config: RunConfig, resume: bool) -> _Start:
+    root = config.run_dir / "checkpoints"
+    folder = checkpoint.latest_checkpoint(root)
+    if not resume:
+        if folder is not None:
+            raise ConfigError(
+                f"{root} holds checkpoints of an earlier run; resume it, choose another name, or remove that folder"
+            )
+        return _Start()
+    if folder is None:
+        raise ConfigError(f"--resume: there is no whole checkpoint in {root}; run without --resume to start afresh")
+    _, state = checkpoint.load_checkpoint(folder / "pipeline")
+    changed = [key for key, value in _identity(config).items() if state["identity"][key] != value]
+    if changed:
+        was = ", ".join(f"{key} = {state['identity'][key]}" for key in changed)
+        raise ConfigError(f"--resume: {folder} was written with {was}; give the same, or start a run of another name")
+    if state["step"] >= config.ppo.steps:
+        raise ConfigError(
+            f"--resume: {folder} is at step {state['step']} and ppo.steps = {config.ppo.steps}; "
+            "raise ppo.steps to go on"
+        )
+    return _Start(folder=folder, state=state)
+
+
+async def _run(
+    prepared: Prepared, prompts: PromptStream, served: ServedReward, start: _Start, on_step: OnStep
+) -> RunSummary:
+    async with AsyncExitStack() as stack:
+        workers = await _start_workers(prepared, stack)
+        return await _train(prepared.config, workers, prompts, served, start, on_step)
+
+
+async def _train(
+    config: RunConfig, workers: Workers, prompts: PromptStream, served: ServedReward, start: _Start, on_step: OnStep
+) -> RunSummary:
+    learner = workers.learner
+    if start.folder is not None:
+        version = await learner.load(start.folder / "learner")
+        log.info("resumed from %s: step %d, version %d", start.folder, (start.state or {})["step"], version)
+    kl = config.ppo.kl
+    with MetricsWriter(config.run_dir, resume_step=start.state["step"] if start.state else None) as writer:
+
+        def record(metrics: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+            writer.write(metrics, samples)
+            on_step(metrics)
+
+        pipeline = Pipeline(
+            prompts=prompts,
+            pool=workers.pool,
+            scorer=ServedScorer(served.handle),
+            reference=workers.reference,
+            learner=learner,
+            controller=kl_controller(kl.controller, coef=kl.coef, target=kl.target, horizon=kl.horizon),
+            config=config.ppo,
+            parity_tolerance=parity_tolerance(config),
+            on_step=record,
+            checkpoint=_checkpointer(config, learner),
+        )
+        if start.state is not None:
+            pipeline.load_state_dict(start.state)
+        with _stop_on_ctrl_c(pipeline):
+            summary = await pipeline.run()
+        await learner.export(config.run_dir / "policy")
+    return summary
+
+
+async def _start_workers(prepared: Prepared, stack: AsyncExitStack) -> Workers:
+    """Start every worker at once; returns when learner and references are up (the pool waits for its own).
+
+    Whatever was started is ended with ``stack``, also when another worker fails to start.
+    """
+    config, folder = prepared.config, prepared.model_folder
+    learner = RayLearner.start(config, folder)
+    stack.callback(learner.close)
+    reference = RayReference.start(config, reference_options(config, folder))
+    stack.callback(reference.close)
+    options = engine_options(config, folder, context_length=prepared.context_length)
+    # The pool names its workers in this order; the first ones load their model while the learner loads its own.
+    first = {
+        f"generator-{i}": RayGenerator.start(f"generator-{i}", config, options) for i in range(config.generator.count)
+    }
+
+    async def close_unused() -> None:
+        for generator in first.values():
+            await generator.close()
+
+    stack.push_async_callback(close_unused)
+
+    async def make(name: str) -> RayGenerator:
+        generator = first.pop(name, None) or RayGenerator.start(name, config, options)
+        try:
+            await generator.ready()
+        except BaseException:
+            await generator.close()
+            raise
+        return generator
+
+    await wait_ready({"learner": learner.ready_ref(), **reference.ready_refs()})
+    section = config.generator
+    pool = GeneratorPool(
+        make,
+        count=section.count,
+        max_concurrent=section.max_num_seqs,
+        max_restarts=section.max_restarts,
+        max_prompt_tries=config.ppo.max_prompt_tries,
+    )
+    return Workers(learner, reference, pool)
+
+
+def parity_tolerance(config: RunConfig) -> float:
+    """``ppo.parity_tolerance``, by default what the coarser dtype of the two sides needs, nats."""
+    coarser = "bfloat16" if "bfloat16" in (config.generator.dtype, config.learner.precision) else "float32"
+    return config.ppo.parity_tolerance or PARITY_TOLERANCE[coarser]
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: its prompts' order and seeds follow from these."""
+    return {
+        "seed": config.seed,
+        "model.path": config.model.path,
+        "prompts.path": config.prompts.path,
+        "ppo.batch_size": config.ppo.batch_size,
+    }
+
+
+def _checkpointer(config: RunConfig, learner: RayLearner) -> Callable[[int, dict[str, Any]], Any]:
+    """Writes ``checkpoints/step-N``: the learner, the pipeline's state, and then the marker that makes it whole."""
+
+    async def save(step: int, state: dict[str, Any]) -> None:
+        root = config.run_dir / "checkpoints"
+        folder = root / f"step-{step:06d}"
+        await learner.save(folder / "learner")
+        if not (folder / "learner" / checkpoint.MARKER).is_file():
+            raise ConfigError(
+                f"the learner wrote its checkpoint and it is not in {folder}: "
+                "set output_dir to a folder that all nodes share"
+            )
+        state = state | {"identity": _identity(config)}
+        await asyncio.to_thread(checkpoint.save_checkpoint, folder / "pipeline", tensors={}, state=state)
+        await asyncio.to_thread(checkpoint.mark_complete, folder)
+        await asyncio.to_thread(checkpoint.prune, root, config.ppo.keep_checkpoints)
+
+    return save
+
+
+@contextmanager
+def _stop_on_ctrl_c(pipeline: Pipeline) -> Iterator[None]:
+    """The first Ctrl-C ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        log.warning("stopping after the step in progress; its checkpoint is written first (Ctrl-C again to drop it)")
+        pipeline.request_stop()
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,100 @@
+"""What every stage does first: resolve the model, the precisions and the prompts, and refuse what cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_ray.config import RunConfig
+from rlhf_ray.data.prompts import check_prompts, encode_prompt, read_prompts
+from rlhf_ray.errors import ModelError
+from rlhf_ray.models.loading import context_length, load_tokenizer, resolve_model, resolve_precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A configuration that is known to be usable on this machine."""
+
+    config: RunConfig
+    """With every "auto" resolved."""
+    model_folder: str
+    tokenizer: Any
+    context_length: int
+
+    def encode(self, path: str) -> list[tuple[str, tuple[int, ...]]]:
+        """(text, token ids) of each prompt of a file, checked against the context.
+
+        Raises:
+            DataError: a bad line, or a prompt that is too long.
+        """
+        texts = read_prompts(path)
+        section = self.config.prompts
+        encoded = [tuple(encode_prompt(text, self.tokenizer, format=section.format)) for text in texts]
+        check_prompts(
+            path,
+            encoded,
+            max_tokens=section.max_tokens,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            context_length=self.context_length,
+        )
+        return list(zip(texts, encoded, strict=True))
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Resolve and check; nothing heavy has started yet.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be used.
+    """
+    folder = resolve_model(
+        config.model.path, cache_dir=config.model.cache_dir, trust_remote_code=config.model.trust_remote_code
+    )
+    tokenizer = load_tokenizer(
+        folder, need_chat_template=config.prompts.format == "chat", trust_remote_code=config.model.trust_remote_code
+    )
+    return Prepared(
+        # Absolute: workers have another working directory.
+        config=_resolve_precisions(config.model_copy(update={"output_dir": config.output_dir.expanduser().resolve()})),
+        model_folder=folder,
+        tokenizer=tokenizer,
+        context_length=context_length(folder, trust_remote_code=config.model.trust_remote_code),
+    )
+
+
+def _resolve_precisions(config: RunConfig) -> RunConfig:
+    """Replace each "auto" by what the section's device does quickly, so that the written configuration says it."""
+
+    def resolved(precision: str, num_gpus: float) -> str:
+        if precision == "auto" and config.device_of(num_gpus) == "cuda":
+            return "bfloat16"  # the driver cannot ask the worker's GPU; every one that vLLM runs on has it
+        return str(resolve_precision(precision, torch.device("cpu"))).removeprefix("torch.")
+
+    updates: dict[str, Any] = {
+        name: section.model_copy(update={field: resolved(getattr(section, field), gpus)})
+        for name, section, field, gpus in (
+            ("generator", config.generator, "dtype", config.generator.num_gpus),
+            ("reference", config.reference, "precision", config.reference.num_gpus),
+            ("learner", config.learner, "precision", config.learner.num_gpus),
+            ("serve", config.serve, "precision", config.serve.num_gpus),
+            ("reward", config.reward, "precision", config.learner.num_gpus),
+        )
+    }
+    return config.model_copy(update=updates)
+
+
+def check_same_tokenizer(policy_tokenizer: Any, reward_folder: Path) -> None:
+    """The reward model must read the very token ids that the policy writes.
+
+    Raises:
+        ModelError: the two vocabularies differ.
+    """
+    theirs = load_tokenizer(str(reward_folder), need_chat_template=False)
+    if theirs.get_vocab() != policy_tokenizer.get_vocab() or theirs.eos_token_id != policy_tokenizer.eos_token_id:
+        raise ModelError(
+            f"the reward model at {reward_folder} has another tokenizer than the policy; the loop scores token ids, so "
+            "train "
+            "the reward model from the same base model (rlhf-ray reward) or name one that was, with serve.model"
+        )

@@ -1,0 +1,70 @@
+"""The client of the reward service tries again what may pass, and gives up with the cause."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import BackPressureError
+
+from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.errors import ScorerError
+from rlhf_ray.types import Score
+
+SCORE = Score(value=0.5, raw=1.0, reward_version="reward@0")
+BUSY = BackPressureError(num_queued_requests=9, max_queued_requests=8)
+
+
+class FakeHandle:
+    """A Serve handle whose calls give the next of a list of outcomes."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self._outcomes = list(outcomes)
+        self.calls: list[Any] = []
+        self.score_rollout = self
+
+    async def remote(self, rollout: Any) -> Score:
+        self.calls.append(rollout)
+        outcome = self._outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+async def test_a_rollouts_ref_is_handed_on_unopened_and_its_score_returned() -> None:
+    ref = object()
+    handle = FakeHandle(SCORE)
+    assert await ServedScorer(handle).score(ref) is SCORE
+    assert handle.calls == [ref]
+
+
+@pytest.mark.parametrize("failure", [BUSY, ActorDiedError(), ActorUnavailableError("gone for a moment", None)])
+async def test_overload_and_a_dead_replica_are_tried_again(failure: Exception) -> None:
+    handle = FakeHandle(failure, failure, SCORE)
+    assert await ServedScorer(handle, tries=3, first_delay=0).score("ref") is SCORE
+    assert handle.calls == ["ref"] * 3
+
+
+async def test_a_service_that_keeps_failing_ends_in_an_error_with_the_cause() -> None:
+    handle = FakeHandle(BUSY, BUSY, BUSY, SCORE)
+    with pytest.raises(
+        ScorerError, match=r"failed 3 times in a row, last with BackPressureError.*serve.replicas"
+    ) as caught:
+        await ServedScorer(handle, tries=3, first_delay=0).score("ref")
+    assert caught.value.__cause__ is BUSY
+    assert len(handle.calls) == 3
+
+
+async def test_a_response_without_a_score_is_not_tried_again() -> None:
+    handle = FakeHandle(ScorerError("gave nan"), SCORE)
+    with pytest.raises(ScorerError, match="gave nan"):
+        await ServedScorer(handle, first_delay=0).score("ref")
+    assert len(handle.calls) == 1
+
+
+async def test_a_score_that_is_no_number_never_reaches_the_loop() -> None:
+    handle = FakeHandle(Score(value=math.nan, raw=math.nan, reward_version="reward@0"))
+    with pytest.raises(ScorerError, match="reward@0 gave nan, which is no score"):
+        await ServedScorer(handle).score("ref")

@@ -1,0 +1,108 @@
+"""Fixtures that more than one room's tests use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config import SPIN_COUNT
+
+# As the command does, and before torch is loaded: threads that spin for long take the time of those that work.
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+TINY_SENTENCES = (
+    "The train leaves the station before the sun is up.",
+    "A good day begins with bread, butter and a quiet walk.",
+    "She reads the letter twice and puts it back on the table.",
+    "Rain fell on the old bridge while the children were asleep.",
+    "Nobody knew why the baker smiled at the empty street.",
+)
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with tied embeddings and a byte-level tokenizer, as a Hugging Face folder.
+
+    320 tokens, hidden size 64, 2 heads of 32 (vLLM on CPU has no smaller), 512 positions; EOS = padding = ``<|end|>``.
+    The weights are large enough (σ = 0.3) for next-token distributions with a shape: entropy well under log 320.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        TINY_SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A random reward model on the tiny model's backbone, with its tokenizer, settings and score normalisation."""
+    import torch
+
+    from rlhf_ray.models.loading import load_tokenizer
+    from rlhf_ray.models.reward import ScoreNormalisation
+    from rlhf_ray.roles.reward_trainer import new_reward_model
+    from rlhf_ray.roles.scorer import RewardSettings
+
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
+    model = new_reward_model(tiny_model_dir, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    RewardSettings(prompt_format="chat").save(folder)
+    ScoreNormalisation(mean=0.5, std=2.0).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_temp_dir() -> Iterator[Path]:
+    """Ray's folder for one test module: short, since the path of a Unix socket must be."""
+    folder = Path(tempfile.mkdtemp(prefix="r_", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""One pipeline on fakes, with everything that a test may want to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from rlhf_ray.algorithms.kl import FixedKL
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.pipeline.loop import Pipeline, RunSummary
+from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.testing import (
+    FakeGenerator,
+    FakeLearner,
+    FakePrompts,
+    FakeReference,
+    FakeScorer,
+    generator_factory,
+    simulate,
+)
+
+
+@dataclass
+class Run:
+    """A pipeline, its fakes, and what came out."""
+
+    make_generator: Callable[[str], FakeGenerator] = FakeGenerator
+    count: int = 1
+    max_concurrent: int = 8
+    max_restarts: int = 3
+    max_prompt_tries: int = 3
+    start_seconds: float = 0.0
+    scorer: FakeScorer = field(default_factory=FakeScorer)
+    reference: FakeReference = field(default_factory=FakeReference)
+    learner: FakeLearner = field(default_factory=FakeLearner)
+    controller: Any = field(default_factory=lambda: FixedKL(0.05))
+    parity_tolerance: float = 1e-3
+    checkpoint: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None
+    after_step: Callable[[Run, dict[str, float]], None] = lambda run, row: None
+    ppo: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.generators: dict[str, FakeGenerator] = {}
+        self.rows: list[dict[str, float]] = []
+        self.samples: list[Mapping[str, Any]] = []
+        self.config = PPOConfig(**({"steps": 4, "batch_size": 4} | self.ppo))
+        self.pool = GeneratorPool(
+            generator_factory(self._make, seconds=self.start_seconds),
+            count=self.count,
+            max_concurrent=self.max_concurrent,
+            max_restarts=self.max_restarts,
+            max_prompt_tries=self.max_prompt_tries,
+        )
+        self.pipeline = Pipeline(
+            prompts=FakePrompts(),
+            pool=self.pool,
+            scorer=self.scorer,
+            reference=self.reference,
+            learner=self.learner,
+            controller=self.controller,
+            config=self.config,
+            parity_tolerance=self.parity_tolerance,
+            on_step=self._on_step,
+            checkpoint=self.checkpoint,
+        )
+
+    def go(self) -> RunSummary:
+        """The whole run on simulated time."""
+        return simulate(self.pipeline.run())
+
+    @property
+    def trained_ids(self) -> list[int]:
+        """Every prompt id that the learner was given, in order."""
+        return [prompt_id for _, batch in self.learner.batches for prompt_id in batch]
+
+    def _make(self, name: str) -> FakeGenerator:
+        self.generators[name] = self.make_generator(name)
+        return self.generators[name]
+
+    def _on_step(self, row: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
+        self.rows.append(row)
+        self.samples += samples
+        self.after_step(self, row)
+
+
+@pytest.fixture(scope="session")
+def make_run() -> type[Run]:
+    """Builds a ``Run``; keyword arguments as its fields."""
+    return Run

@@ -1,0 +1,483 @@
+"""The whole loop on fakes and simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.algorithms.kl import AdaptiveKL
+from rlhf_ray.errors import NumericalError, ParityError, RlhfRayError, ScorerError, WorkerDiedError
+from rlhf_ray.pipeline import loop
+from rlhf_ray.pipeline.loop import RunSummary
+from rlhf_ray.testing import FakeGenerator, FakeLearner, FakeReference, FakeScorer, simulate, uniform_seconds
+from rlhf_ray.types import StepReport, VersionedWeights
+
+SYNCHRONOUS = {"max_staleness": 0}
+
+
+def in_order(steps: int, batch: int) -> list[tuple[int, list[int]]]:
+    """What a plain loop would train: at version v the prompts v·B … v·B + B − 1."""
+    return [(v, list(range(v * batch, (v + 1) * batch))) for v in range(steps)]
+
+
+# Synchronous and asynchronous
+
+
+def test_without_staleness_the_batches_are_those_of_a_plain_synchronous_loop(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 9)),
+        scorer=FakeScorer(seconds=0.5),
+        count=3,
+        ppo={"steps": 6, "batch_size": 4} | SYNCHRONOUS,
+    )
+    summary = run.go()
+    assert run.learner.batches == in_order(6, 4)
+    assert set(run.learner.stalenesses) == {0}
+    assert summary.staleness_max == 0
+    assert (summary.status, summary.steps, summary.samples) == ("finished", 6, 24)
+
+
+def test_without_staleness_a_death_does_not_change_the_batches(make_run) -> None:
+    def make(name: str) -> FakeGenerator:
+        return FakeGenerator(name, seconds=uniform_seconds(1, 9), die_at_generate=5 if name == "generator-1" else None)
+
+    run = make_run(make_generator=make, count=2, ppo={"steps": 6, "batch_size": 4} | SYNCHRONOUS)
+    run.go()
+    assert "generator-2" in run.generators
+    assert run.learner.batches == in_order(6, 4)
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+def test_staleness_reaches_the_bound_and_never_passes_it(make_run, bound: int) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 30)),
+        learner=FakeLearner(seconds=2.0),
+        count=2,
+        ppo={"steps": 20, "batch_size": 4, "max_staleness": bound},
+    )
+    summary = run.go()
+    assert max(run.learner.stalenesses) == bound == summary.staleness_max
+    assert summary.staleness_mean == pytest.approx(sum(run.learner.stalenesses) / 80)
+    assert sorted(run.trained_ids) == list(range(80))
+
+
+def test_sampling_goes_on_while_the_learner_learns(make_run) -> None:
+    def seconds(max_staleness: int) -> float:
+        run = make_run(
+            make_generator=lambda name: FakeGenerator(name, seconds=10.0),
+            learner=FakeLearner(seconds=10.0),
+            ppo={"steps": 10, "batch_size": 4, "max_staleness": max_staleness},
+        )
+        return run.go().seconds
+
+    assert seconds(0) == pytest.approx(200.0)
+    assert seconds(1) == pytest.approx(110.0)
+
+
+def test_a_straggler_does_not_stall_the_learner_until_the_bound_would_break(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=lambda i: 1000.0 if i == 0 else 1.0),
+        ppo={"steps": 6, "batch_size": 2, "max_staleness": 3},
+    )
+    run.go()
+    waits = [row["seconds_wait"] for row in run.rows]
+    assert max(waits[:3]) < 10  # versions 0 to 2 are trained without it
+    assert waits[3] > 900  # version 3 is its deadline
+    assert 0 in run.learner.batches[3][1]
+
+
+def test_exactly_the_prompts_that_the_steps_need_are_issued(make_run) -> None:
+    run = make_run(count=2, ppo={"steps": 5, "batch_size": 3, "max_staleness": 2})
+    run.go()
+    assert sorted(i for g in run.generators.values() for i in g.prompt_ids) == list(range(15))
+
+
+def test_two_generators_share_the_work(make_run) -> None:
+    run = make_run(make_generator=lambda name: FakeGenerator(name, seconds=1.0), count=2)
+    run.go()
+    shares = [len(g.prompt_ids) for g in run.generators.values()]
+    assert sum(shares) == 16
+    assert min(shares) >= 4
+    assert all(g.closed for g in run.generators.values())
+
+
+# Faults
+
+
+def test_when_a_generator_dies_nothing_is_lost_or_trained_twice_and_it_is_replaced(make_run) -> None:
+    def make(name: str) -> FakeGenerator:
+        return FakeGenerator(name, seconds=uniform_seconds(1, 5), die_at_generate=6 if name == "generator-0" else None)
+
+    run = make_run(make_generator=make, count=2, learner=FakeLearner(max_staleness=1), ppo={"steps": 8})
+    summary = run.go()
+    assert sorted(run.trained_ids) == list(range(32))
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert run.generators["generator-2"].prompt_ids
+    assert run.rows[-1]["generators"] == 2
+
+
+def test_a_crash_loop_ends_the_run_with_its_cause(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, die_at_generate=1), max_restarts=2, max_prompt_tries=9
+    )
+    with pytest.raises(WorkerDiedError, match=r"generator\.max_restarts = 2") as caught:
+        run.go()
+    assert "fault injection" in str(caught.value.__cause__)
+
+
+def test_a_scorer_that_fails_ends_the_run_with_its_error_and_closes_the_generators(make_run) -> None:
+    run = make_run(scorer=FakeScorer(fail_at=6), reference=FakeReference(seconds=3.0))
+    with pytest.raises(ScorerError, match="no score for prompt"):
+        run.go()
+    assert all(g.closed for g in run.generators.values())
+
+
+def test_a_learner_that_fails_ends_the_run_with_its_error(make_run) -> None:
+    with pytest.raises(NumericalError, match="NaN in step 3"):
+        make_run(learner=FakeLearner(fail_at=3)).go()
+
+
+@pytest.mark.parametrize("fault", [{"parity": 0.3}, {"nan_parity_at_update": 2}])
+def test_a_parity_breach_stops_the_run(make_run, fault: dict[str, Any]) -> None:
+    run = make_run(make_generator=lambda name: FakeGenerator(name, **fault), ppo={"steps": 50})
+    with pytest.raises(ParityError, match=r"ppo\.parity_tolerance"):
+        run.go()
+    assert len(run.rows) < 5
+
+
+def test_a_learner_whose_versions_do_not_follow_each_other_is_refused(make_run) -> None:
+    class Skipping(FakeLearner):
+        async def train_step(self, batch, *, kl_coef: float) -> StepReport:
+            report = await super().train_step(batch, kl_coef=kl_coef)
+            return StepReport(version=report.version + 1, metrics=report.metrics)
+
+    class Stuck(FakeLearner):
+        async def publish(self) -> VersionedWeights:
+            return VersionedWeights(version=0, weights={}, probe=(await super().publish()).probe)
+
+    with pytest.raises(RlhfRayError, match="a step at version 0 made version 2"):
+        make_run(learner=Skipping()).go()
+    with pytest.raises(RlhfRayError, match="made version 1 and published version 0"):
+        make_run(learner=Stuck()).go()
+
+
+def test_cancelling_the_run_closes_the_generators(make_run) -> None:
+    run = make_run(make_generator=lambda name: FakeGenerator(name, seconds=100.0))
+
+    async def cancel() -> None:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.sleep(10)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    simulate(cancel())
+    assert run.generators["generator-0"].closed
+
+
+# Joining and leaving
+
+
+def test_workers_join_and_leave_in_mid_run(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 5)),
+        learner=FakeLearner(max_staleness=1),
+        max_concurrent=2,
+        ppo={"steps": 12},
+    )
+
+    async def elastic() -> RunSummary:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.sleep(10)
+        assert run.pool.join() == "generator-1"
+        await asyncio.sleep(10)
+        await run.pool.drain("generator-0")
+        assert run.generators["generator-0"].closed
+        assert not running.done()
+        return await running
+
+    summary = simulate(elastic())
+    assert (summary.status, summary.lost) == ("finished", 0)
+    assert sorted(run.trained_ids) == list(range(48))
+    assert run.generators["generator-1"].versions[0] > 0
+
+
+# Stopping, checkpoints, resuming
+
+
+def test_a_stop_during_a_step_finishes_it_and_writes_a_checkpoint(make_run) -> None:
+    saved: list[int] = []
+
+    async def checkpoint(step: int, state: dict[str, Any]) -> None:
+        saved.append(step)
+
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=1.0),
+        learner=FakeLearner(seconds=10.0, publish_seconds=1.0),
+        checkpoint=checkpoint,
+        ppo={"steps": 100},
+    )
+
+    async def stop_at(seconds: float) -> RunSummary:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.sleep(seconds)
+        run.pipeline.request_stop()
+        return await running
+
+    summary = simulate(stop_at(25.0))
+    assert (summary.status, summary.steps, summary.samples) == ("interrupted", 3, 12)
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert summary.seconds == pytest.approx(34.0)  # three publications and no fourth: nobody would sample from it
+    assert saved == [3]
+    assert run.generators["generator-0"].closed
+
+
+def test_a_stop_while_the_learner_waits_does_not_wait_for_the_batch(make_run) -> None:
+    run = make_run(make_generator=lambda name: FakeGenerator(name, hang_at_generate=1), ppo=SYNCHRONOUS)
+
+    async def stop() -> RunSummary:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.sleep(5)
+        run.pipeline.request_stop()
+        return await running
+
+    summary = simulate(stop())
+    assert (summary.status, summary.steps, summary.score_first, summary.lost) == ("interrupted", 0, None, 0)
+    assert summary.seconds == pytest.approx(5.0)
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(make_run) -> None:
+    saved: list[int] = []
+
+    async def checkpoint(step: int, state: dict[str, Any]) -> None:
+        assert step == state["step"]
+        saved.append(step)
+
+    make_run(checkpoint=checkpoint, ppo={"steps": 7, "checkpoint_every": 3}).go()
+    make_run(checkpoint=checkpoint, ppo={"steps": 4, "checkpoint_every": 2}).go()
+    assert saved == [3, 6, 7, 2, 4]
+
+
+def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_again(make_run, tmp_path: Path) -> None:
+    states: list[dict[str, Any]] = []
+    ppo = {"steps": 8, "kl": {"controller": "adaptive"}}
+
+    async def checkpoint(step: int, state: dict[str, Any]) -> None:
+        states.append(state)
+        await first.learner.save(tmp_path)
+
+    def controller() -> AdaptiveKL:
+        return AdaptiveKL(coef=0.05, target=0.001, horizon=100)
+
+    def stop_after_three(run: Any, row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            run.pipeline.request_stop()
+
+    slow = {"make_generator": lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 20))}
+    first = make_run(**slow, controller=controller(), checkpoint=checkpoint, after_step=stop_after_three, ppo=ppo)
+    interrupted = first.go()
+    second = make_run(**slow, controller=controller(), ppo=ppo)
+    simulate(second.learner.load(tmp_path))
+    second.pipeline.load_state_dict(states[0])
+    finished = second.go()
+
+    assert sorted(first.trained_ids + second.trained_ids) == list(range(32))
+    again = sorted(set(first.generators["generator-0"].prompt_ids) - set(first.trained_ids))
+    assert again, "something must have been in flight"
+    issued = second.generators["generator-0"].prompt_ids
+    assert issued[: len(again)] == again
+    assert sorted(issued) == sorted(set(range(32)) - set(first.trained_ids))
+    assert [row["step"] for row in second.rows] == [4, 5, 6, 7, 8]
+    assert second.rows[0]["kl_coef"] > first.rows[0]["kl_coef"]
+    assert (finished.steps, finished.samples, finished.lost) == (8, 32, 0)
+    assert finished.tokens > interrupted.tokens
+    assert finished.score_first == interrupted.score_first
+
+
+def test_resuming_a_finished_run_does_nothing(make_run) -> None:
+    saved: list[int] = []
+
+    async def checkpoint(step: int, state: dict[str, Any]) -> None:
+        saved.append(step)
+
+    first = make_run()
+    first.go()
+    second = make_run(checkpoint=checkpoint)
+    second.learner.version = 4
+    second.pipeline.load_state_dict(first.pipeline.state_dict())
+    summary = second.go()
+    assert (summary.status, summary.steps, summary.samples) == ("finished", 4, 16)
+    assert second.learner.batches == []
+    assert saved == []
+
+
+# What is reported
+
+
+def test_a_row_has_the_learners_metrics_and_the_pipelines(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=4.0, update_seconds=0.5, parity=1e-4),
+        scorer=FakeScorer(seconds=1.0),
+        reference=FakeReference(seconds=2.0),
+        learner=FakeLearner(seconds=3.0, publish_seconds=0.25),
+        ppo={"steps": 3} | SYNCHRONOUS,
+    )
+    summary = run.go()
+    row = run.rows[1]
+    tokens = sum(r["response_length"] * 4 for r in run.rows)
+    assert {"score_mean", "kl", "kl_k3", "entropy", "kl_coef"} <= set(row)
+    expected = {
+        "step": 2,
+        "version": 2,
+        "samples": 8,
+        "seconds_generate": 4.0,
+        "seconds_score": 1.0,
+        "seconds_reference": 2.0,
+        "seconds_wait": 6.5,  # the weight update, then a rollout, then the slower of its two readers
+        "seconds_train": 3.0,
+        "seconds_publish": 0.25,
+        "seconds_step": 9.75,
+        "seconds_sync": 0.5,
+        "samples_per_second": 4 / 9.75,
+        "tokens_per_second": row["response_length"] * 4 / 9.75,
+        "parity_max": 1e-4,
+        "slots_in_use": 4,
+        "generators": 1,
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    totals = asdict(summary)
+    assert totals.pop("stage_seconds") == pytest.approx(
+        {
+            "wait": 19.5,
+            "train": 9.0,
+            "publish": 0.5,
+            "checkpoint": 0.0,
+            "generate": 4.0,
+            "score": 1.0,
+            "reference": 2.0,
+            "sync": 0.5,
+        }
+    )
+    assert totals == pytest.approx(
+        {
+            "status": "finished",
+            "steps": 3,
+            "samples": 12,
+            "tokens": tokens,
+            "seconds": 29.25,
+            "samples_per_second": 12 / 28.5,
+            "tokens_per_second": tokens / 28.5,
+            "score_first": run.rows[0]["score_mean"],
+            "score_last": run.rows[2]["score_mean"],
+            "kl_last": run.rows[2]["kl"],
+            "staleness_mean": 0.0,
+            "staleness_max": 0,
+            "sampler_parity_max": 1e-4,
+            "skipped": 0,
+            "lost": 0,
+            "trained_twice": 0,
+        }
+    )
+
+
+def test_the_learners_sample_rows_are_passed_on(make_run) -> None:
+    run = make_run(ppo={"steps": 2} | SYNCHRONOUS)
+    run.go()
+    assert [row["prompt"] for row in run.samples] == ["prompt 0", "prompt 1", "prompt 4", "prompt 5"]
+
+
+def test_the_kl_controller_learns_from_each_step_but_a_skipped_one(make_run) -> None:
+    seen: list[tuple[float, int]] = []
+
+    class Watching(AdaptiveKL):
+        def update(self, kl: float, samples: int) -> None:
+            seen.append((kl, samples))
+            super().update(kl, samples)
+
+    run = make_run(controller=Watching(coef=0.05, target=1e-6, horizon=10), learner=FakeLearner(skip_at=2))
+    run.go()
+    assert [samples for _, samples in seen] == [4, 4, 4]
+    assert not any(math.isnan(kl) for kl, _ in seen)
+    assert [row["kl_coef"] for row in run.rows] == pytest.approx([0.05, 0.054, 0.054, 0.05832])
+
+
+def test_a_long_wait_says_what_is_waited_for(make_run, caplog: pytest.LogCaptureFixture) -> None:
+    def make(name: str) -> FakeGenerator:
+        return FakeGenerator(name, seconds=lambda i: 25.0 if i == 1 else 1.0)
+
+    run = make_run(make_generator=make, max_concurrent=2, ppo={"steps": 1} | SYNCHRONOUS)
+    with caplog.at_level(logging.INFO, logger=loop.log.name):
+        run.go()
+    assert [record.message for record in caplog.records] == [
+        f"the learner has waited {seconds} s for a batch: prompts: 1 being generated, 3 finished of a batch of 4; "
+        "generators: generator-0 ready"
+        for seconds in (10, 20)
+    ]
+
+
+# Any weather
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_bound(make_run, data) -> None:
+    bound = data.draw(st.integers(0, 3), label="max_staleness")
+    steps, batch = data.draw(st.integers(1, 6), label="steps"), data.draw(st.integers(1, 4), label="batch_size")
+    calls = st.none() | st.integers(1, 6)
+    deaths = data.draw(st.lists(st.tuples(calls, calls), max_size=4), label="(die_at_generate, die_at_update)")
+    slowness = data.draw(st.integers(0, 99), label="seed of the durations")
+    joins = data.draw(st.lists(st.floats(0, 30), max_size=2), label="joins at")
+
+    class Watched(FakeGenerator):
+        async def generate(self, prompt):
+            assert self.version == newest[-1], "it was given a prompt before it acknowledged the newest version"
+            return await super().generate(prompt)
+
+    class Publishing(FakeLearner):
+        async def publish(self) -> VersionedWeights:
+            published = await super().publish()
+            newest.append(published.version)
+            return published
+
+    def make(name: str) -> FakeGenerator:
+        number = int(name.removeprefix("generator-"))
+        generate, update = deaths[number] if number < len(deaths) else (None, None)
+        seconds = uniform_seconds(0, 10, seed=slowness)
+        return Watched(name, seconds=seconds, update_seconds=number % 3, die_at_generate=generate, die_at_update=update)
+
+    newest: list[int] = []
+    run = make_run(
+        make_generator=make,
+        count=data.draw(st.integers(1, 3), label="generators"),
+        max_concurrent=data.draw(st.integers(1, 4), label="max_concurrent"),
+        max_restarts=9,
+        max_prompt_tries=9,
+        start_seconds=1.0,
+        scorer=FakeScorer(seconds=0.5),
+        learner=Publishing(seconds=2.0, max_staleness=bound),
+        ppo={"steps": steps, "batch_size": batch, "max_staleness": bound},
+    )
+
+    async def with_joins() -> RunSummary:
+        running = asyncio.create_task(run.pipeline.run())
+        for seconds in sorted(joins):
+            await asyncio.wait({running}, timeout=seconds)
+            if not running.done():
+                run.pool.join()
+        return await running
+
+    summary = simulate(with_joins())
+    assert sorted(run.trained_ids) == list(range(steps * batch))
+    assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
+    assert summary.staleness_max == max(run.learner.stalenesses) <= bound
+    if bound == 0:
+        assert run.learner.batches == in_order(steps, batch)
+    assert all(g.closed for g in run.generators.values())

@@ -1,0 +1,162 @@
+"""The report shows what the run left behind, invents nothing, and is safe to open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.errors import DataError
+from rlhf_ray.metrics import write_json, write_summary
+from rlhf_ray.report.page import first_of_each_prompt, write_report
+from rlhf_ray.stages.evaluate import PairedSample
+
+WriteRun = Callable[..., Path]
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its tags with attributes, and its visible text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside: list[str] = []
+        self.feed(path.read_text("utf-8"))
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "style":
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "style":
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.text += f"{data} "
+
+    def charts(self) -> dict[str, str]:
+        """Chart title → its description in words."""
+        labels = [attrs["aria-label"] or "" for tag, attrs in self.tags if tag == "svg"]
+        return {label.partition(":")[0]: label for label in labels}
+
+
+@pytest.fixture
+def page(write_run: WriteRun, tmp_path: Path) -> Page:
+    return Page(write_report(write_run(tmp_path / "made-up")))
+
+
+def test_the_headline_gives_the_figures_with_their_intervals(page: Page) -> None:
+    for figure in (
+        "Gold score 0.10 → 0.60 +0.50 (+0.50 to +0.50) on 8 held-out prompts",
+        "Win rate 100% 100% to 100%, trained over base; ties (0%) count half",
+        "KL 6.0 nats per response on held-out prompts",
+        "Reward-model accuracy 74% 65% to 82% on 96 held-out pairs",
+        "Samples per second 4.0 92 tokens/s",
+        "Lost · trained twice 0 · 0 samples, by the prompt ledger",
+    ):
+        assert figure in page.text
+
+
+def test_the_head_names_the_run_its_model_and_how_it_ended(page: Page) -> None:
+    assert "made-up finished some/model-135M 60 steps 1920 samples staleness at most 1 12 min 34 s" in page.text
+
+
+def test_the_curves_go_from_the_first_step_to_the_last(page: Page) -> None:
+    charts = page.charts()
+    assert charts["Score"] == "Score: score from 0.1 at step 1 to 1.908 at step 60"
+    assert charts["KL to the reference"] == (
+        "KL to the reference: k1 from 0.4 at step 1 to 7.631 at step 60; k3 from 0.425 at step 1 to 8.108 at step 60"
+    )
+    for title in ("Entropy", "Response length", "Truncated share", "Staleness", "Seconds by stage", "Clip fraction"):
+        assert title in charts
+    assert "Not recorded in this run: Gold score." in page.text
+
+
+def test_a_program_that_stood_in_for_people_is_named(page: Page) -> None:
+    assert "Simulated labeller. A program (VADER sentiment) compared the responses" in page.text
+    assert "It stands in for people" in page.text
+
+
+def test_both_responses_stand_side_by_side(page: Page) -> None:
+    assert "The <train> number 3 Base gold 0.10 score 0.00 It was <i>dull</i>, number 3." in page.text
+    assert "Trained gold 0.60 score 1.50 It was a joy, number 3!" in page.text
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(page: Page, hostile: str) -> None:
+    assert hostile in page.text
+    assert not {"script", "train"} & {tag for tag, _ in page.tags}
+    assert all(attrs for tag, attrs in page.tags if tag == "i"), "ours have a class or a style, the model's had none"
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_page_fetches_nothing(page: Page, tmp_path: Path) -> None:
+    assert not [attrs for _, attrs in page.tags if {"src", "href"} & attrs.keys()]
+    assert "url(" not in (tmp_path / "made-up" / "report.html").read_text("utf-8")
+
+
+def test_the_configuration_is_in_the_page(page: Page) -> None:
+    assert "name: made-up model: path: some/model-135M" in page.text
+
+
+def test_the_learner_s_stages_are_drawn_to_one_scale(page: Page) -> None:
+    widths = [attrs["style"] for tag, attrs in page.tags if tag == "i" and "style" in attrs]
+    assert widths == ["width: 100.0%", "width: 66.7%", "width: 5.6%"]
+    assert "training 4 min 30 s waiting for samples 3 min 00 s publishing 15 s" in page.text
+
+
+def test_a_run_without_evaluation_says_so(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "young")
+    (run / "evaluation.json").unlink()
+    page = Page(write_report(run))
+    assert "Gold score not there yet no evaluation yet: rlhf-ray evaluate" in page.text
+    assert "Win rate not there yet" in page.text
+    assert "KL 7.6 nats per response at the last step" in page.text
+    assert "gave the gold scores" not in page.text
+
+
+def test_a_reward_model_alone_makes_a_page_without_curves(tmp_path: Path) -> None:
+    (tmp_path / "reward").mkdir()
+    write_json(tmp_path / "reward" / "reward_report.json", {"accuracy": 0.71, "annotators": ["alice", "bob"]})
+    page = Page(write_report(tmp_path))
+    assert "Reward-model accuracy 71% on held-out pairs" in page.text
+    assert "No PPO step has been recorded yet" in page.text
+    assert "Lost · trained twice not there yet" in page.text
+    assert "Simulated labeller" not in page.text
+
+
+def test_an_empty_folder_has_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no metrics, evaluation or reward model yet; run rlhf-ray ppo"):
+        write_report(tmp_path)
+
+
+def test_a_loss_is_coloured_as_one(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"status": "interrupted", "lost": 2, "trained_twice": 0})
+    page = Page(write_report(tmp_path))
+    assert "2 · 0" in page.text
+    assert ("p", {"class": "value bad"}) in page.tags
+
+
+def test_a_long_run_stays_a_small_file(write_run: WriteRun, tmp_path: Path) -> None:
+    path = write_report(write_run(tmp_path / "long", steps=5000))
+    page = Page(path)
+    assert "Each point is the mean of 25 steps." in page.text
+    assert page.charts()["Score"].endswith("at step 5000")
+    assert path.stat().st_size < 1_000_000
+
+
+def test_samples_are_the_first_of_each_prompt_in_order() -> None:
+    pairs = [
+        PairedSample(prompt=prompt, base=f"{n}", trained="", base_gold=0, trained_gold=0, base_score=0, trained_score=0)
+        for prompt in ("a", "b", "c")
+        for n in (1, 2)
+    ]
+    shown = first_of_each_prompt(pairs, 2)
+    assert [(pair.prompt, pair.base) for pair in shown] == [("a", "1"), ("b", "1")]

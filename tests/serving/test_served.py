@@ -1,0 +1,241 @@
+"""The reward model on a real Ray Serve, spoken to by handle and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+from ray import serve
+
+from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.config import RunConfig
+from rlhf_ray.errors import ConfigError, ResourceError, ScorerError
+from rlhf_ray.roles.scorer import RewardScorer
+from rlhf_ray.stages.serve import ServedReward, curl_line, served_reward, start_service, stop_service
+from rlhf_ray.types import Prompt, Rollout
+
+pytestmark = [pytest.mark.ray, pytest.mark.serve, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def a_config(**section: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "unused"},
+            "prompts": {"path": "unused", "eval_path": "unused"},
+            "serve": {"port": 0, "num_cpus": 0.5, "precision": "float32", "threads": 1, "batch_wait_ms": 2} | section,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_reward_dir: Path) -> RewardScorer:
+    return RewardScorer(tiny_reward_dir, precision="float32")
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_temp_dir: Path) -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(cluster: None, tiny_reward_dir: Path) -> Iterator[ServedReward]:
+    with served_reward(a_config(), tiny_reward_dir) as served:
+        yield served
+
+
+def texts(n: int) -> list[tuple[str, str]]:
+    return [(f"The train number {i}", " was late" * (1 + i % 7) + ".") for i in range(n)]
+
+
+def wait_until_ready(url: str) -> None:
+    """``serve run --non-blocking`` returns before its application runs."""
+    end = time.monotonic() + 200
+    while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+        assert time.monotonic() < end, serve.status()
+        time.sleep(0.5)
+
+
+def rollout_of(scorer: RewardScorer, prompt: str, response: str) -> Rollout:
+    """As a generator would give it: the prompt's own ids, the response's own ids, cut before EOS."""
+    response_ids = tuple(scorer.tokenizer(response, add_special_tokens=False)["input_ids"])
+    whole = scorer.text_ids(prompt, response)
+    return Rollout(
+        prompt=Prompt(prompt_id=0, text=prompt, token_ids=tuple(whole[: -1 - len(response_ids)]), seed=0),
+        response_ids=response_ids,
+        rollout_logprobs=(0.0,) * len(response_ids),
+        policy_versions=(0,) * len(response_ids),
+        finish_reason="length",
+        text=response,
+    )
+
+
+async def test_http_handle_and_process_give_the_same_scores(served: ServedReward, scorer: RewardScorer) -> None:
+    pairs = texts(20)
+    expected = [score.raw for score in scorer.score_texts(*zip(*pairs, strict=True))]
+    items = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    async with httpx.AsyncClient() as client:
+        reply = (await client.post(f"{served.url}/v1/score", json={"items": items}, timeout=60)).json()
+    client_of_handle = ServedScorer(served.handle)
+    refs = [ray.put(rollout_of(scorer, prompt, response)) for prompt, response in pairs]
+    by_handle = await asyncio.gather(*map(client_of_handle.score, refs))
+    assert max(expected) - min(expected) > 0.1
+    assert reply["raw_scores"] == pytest.approx(expected, abs=1e-5)
+    assert [score.raw for score in by_handle] == pytest.approx(expected, abs=1e-5)
+    assert [score.value for score in by_handle] == pytest.approx(reply["scores"], abs=1e-5)
+    assert {score.reward_version for score in by_handle} == {reply["model"]} == {scorer.version}
+
+
+def test_the_curl_line_works_as_it_is_printed(served: ServedReward) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl on this machine")
+    reply = subprocess.run(curl_line(served.url), shell=True, capture_output=True, text=True, check=True).stdout
+    assert len(yaml.safe_load(reply)["scores"]) == 2
+
+
+def test_health_models_and_documentation_answer(served: ServedReward, scorer: RewardScorer) -> None:
+    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{served.url}/readyz").json() == {"status": "ready"}
+    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["version"] == scorer.version
+    assert "/v1/score" in httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    assert httpx.get(f"{served.url}/docs").status_code == 200
+
+
+def test_bad_requests_are_told_what_is_wrong(served: ServedReward) -> None:
+    unknown = httpx.post(f"{served.url}/v1/score", json={"prompt": "p", "answers": ["a"]})
+    assert unknown.status_code == 422
+    assert "answers: Extra inputs are not permitted" in unknown.json()["detail"]
+    many = httpx.post(f"{served.url}/v1/score", json={"prompt": "p", "responses": ["a"] * 65})
+    assert many.status_code == 413
+    assert "65 responses and 64 are allowed" in many.json()["detail"]
+
+
+async def test_a_rollout_that_cannot_be_scored_is_an_error_with_its_cause(
+    served: ServedReward, scorer: RewardScorer
+) -> None:
+    rollout = replace(rollout_of(scorer, "p", "a"), response_ids=(5,) * 600)
+    with pytest.raises(ScorerError, match=r"the reward model reward@.* reads 512; lower prompts.max_tokens"):
+        await ServedScorer(served.handle).score(ray.put(rollout))
+
+
+async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, scorer: RewardScorer) -> None:
+    pairs = texts(200)
+    expected = [score.raw for score in scorer.score_texts(*zip(*pairs, strict=True))]
+    client = ServedScorer(served.handle, tries=12)
+    rollouts = [rollout_of(scorer, prompt, response) for prompt, response in pairs]
+    scoring = [asyncio.create_task(client.score(rollout)) for rollout in rollouts]
+    await asyncio.sleep(0.05)
+    (name,) = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "SERVE_REPLICA" in n["name"]]
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    scores = await asyncio.gather(*scoring)
+    assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_name_or_a_port_that_is_taken_is_refused(served: ServedReward, tiny_reward_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve.name = reward is an application on this cluster already"):
+        start_service(a_config(), model_folder=tiny_reward_dir)
+    with pytest.raises(ConfigError, match=r"serve.port = 1, and Serve listens on .* already"):
+        start_service(a_config(name="other", port=1), model_folder=tiny_reward_dir)
+    assert httpx.get(f"{served.url}/readyz").status_code == 200
+
+
+def test_more_replicas_than_the_cluster_holds_are_refused(served: ServedReward, tiny_reward_dir: Path) -> None:
+    with pytest.raises(ResourceError, match=r"serve.num_cpus"):
+        start_service(a_config(name="other", replicas=100), model_folder=tiny_reward_dir)
+
+
+def test_a_second_application_has_its_own_route_and_goes_alone(served: ServedReward, tiny_reward_dir: Path) -> None:
+    with served_reward(a_config(name="second"), tiny_reward_dir) as second:
+        assert second.url == f"{served.url}/second"
+        assert httpx.get(f"{second.url}/v1/models").json()["data"][0]["id"] == "second"
+    assert httpx.get(f"{second.url}/v1/models").status_code == 404
+    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "reward"
+
+
+def test_a_folder_without_a_model_fails_with_the_cause_and_leaves_nothing(served: ServedReward, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ScorerError, match=r"(?s)did not start.*no reward model can be loaded|has 2 labels"):
+        start_service(a_config(name="broken"), model_folder=tmp_path)
+    assert "broken" not in serve.status().applications
+
+
+def test_the_shipped_config_file_starts_the_same_service(
+    served: ServedReward, tiny_reward_dir: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load((ROOT / "deployments" / "reward_service.yaml").read_text())
+    del content["http_options"]  # Serve runs already and its address is fixed
+    content["applications"][0] |= {"name": "by_file", "route_prefix": "/by_file"}
+    content["applications"][0]["args"] |= {"model": str(tiny_reward_dir), "num_cpus": 0.5, "precision": "float32"}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(content))
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking", str(file)]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    try:
+        request = {"prompt": "The train", "responses": [" was late."]}
+        wait_until_ready(f"{served.url}/by_file")
+        replies = [httpx.post(f"{served.url}{at}/v1/score", json=request, timeout=60).json() for at in ("", "/by_file")]
+        assert replies[1]["scores"] == pytest.approx(replies[0]["scores"], abs=1e-5)
+    finally:
+        stop_service("by_file")
+
+
+def test_a_port_that_is_taken_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("rlhf_ray.stages.serve.check_resources", lambda needs: None)
+    monkeypatch.setattr("rlhf_ray.stages.serve._get_global_client", lambda raise_if_no_controller_running: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"serve.port = {port} on serve.host = 127.0.0.1 cannot be had"):
+            start_service(a_config(port=port), model_folder=tmp_path)
+
+
+def test_serving_until_ctrl_c_prints_how_to_call_it_and_leaves_no_process(
+    tiny_reward_dir: Path, ray_temp_dir: Path
+) -> None:
+    program = f"""
+from pathlib import Path
+from rlhf_ray.config import RunConfig
+from rlhf_ray.stages.serve import serve_forever
+config = RunConfig.model_validate({a_config().model_dump(mode="json")!r})
+serve_forever(config, Path({str(tiny_reward_dir)!r}), announce=lambda line: print(line, flush=True))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": str(ray_temp_dir)
+    }
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            first, try_it, last = (process.stdout.readline() for _ in range(3))
+            url = first.split(" answers at ")[1].split(" ")[0]
+            assert httpx.get(f"{url}/readyz").status_code == 200
+            assert f"curl -s {url}/v1/score" in try_it
+            assert last == "Ctrl-C ends it\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.read() == "stopping\n"
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/readyz")

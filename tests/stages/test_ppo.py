@@ -1,0 +1,153 @@
+"""The whole loop on a real cluster: vLLM generators, the served reward model, reference and learner actors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import serve
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.checkpoint import load_checkpoint
+from rlhf_ray.config import RunConfig, load_config
+from rlhf_ray.errors import ConfigError, ModelError, ResourceError
+from rlhf_ray.metrics import read_lines
+from rlhf_ray.stages.evaluate_run import run_evaluate
+from rlhf_ray.stages.ppo import run_ppo
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS, BATCH = 20, 8
+"""Enough steps, with one response at a time in each engine, that a second generator which is up some seconds after the
+first takes part."""
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_temp_dir: Path) -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+    yield
+    serve.shutdown()  # its client would outlive this cluster
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("prompts")
+    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"The train number {i} leaves"}) + "\n" for i in range(11)))
+    held_out.write_text("".join(json.dumps({"prompt": f"Rain fell on bridge {i}"}) + "\n" for i in range(3)))
+    return train, held_out
+
+
+@pytest.fixture
+def make_config(tiny_model_dir: Path, tiny_reward_dir: Path, prompt_files: tuple[Path, Path], tmp_path: Path) -> Any:
+    def make(**sections: Any) -> RunConfig:
+        train, held_out = prompt_files
+        base: dict[str, Any] = {
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"path": str(tiny_model_dir)},
+            "prompts": {"path": str(train), "eval_path": str(held_out), "max_tokens": 64},
+            "sampling": {"max_new_tokens": 12},
+            "serve": {"model": str(tiny_reward_dir), "port": 0, "num_cpus": 0.5, "threads": 1, "precision": "float32"},
+            "generator": {
+                "count": 2,
+                "num_cpus": 0.5,
+                "kv_cache_gb": 0.02,
+                "max_num_seqs": 4,
+                "threads": 1,
+                "dtype": "float32",
+            },
+            "reference": {"num_cpus": 0.5, "threads": 1, "precision": "float32"},
+            "learner": {"num_cpus": 0.5, "lr": 1e-4, "threads": 1, "precision": "float32"},
+            "ppo": {"steps": STEPS, "batch_size": BATCH, "checkpoint_every": 8},
+            "evaluate": {"samples_per_prompt": 2},
+        }
+        for name, section in sections.items():
+            base[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
+        return RunConfig.model_validate(base)
+
+    return make
+
+
+def test_an_asynchronous_run_trains_every_prompt_once_within_its_staleness_bound(
+    cluster: None, make_config: Any
+) -> None:
+    config = make_config(name="async", generator={"max_num_seqs": 1})
+    summary = run_ppo(config)
+
+    assert (summary.status, summary.steps, summary.samples) == ("finished", STEPS, STEPS * BATCH)
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert summary.staleness_max == 1
+    assert summary.sampler_parity_max < 1e-3
+
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4), "the first policy is the reference"
+    assert abs(rows[-1]["kl"]) > 1e-4, "a trained policy has left it"
+    assert all(row["parity_max"] < 1e-3 for row in rows if "parity_max" in row)
+    assert rows[-1]["generators"] == 2
+    assert len(read_lines(config.run_dir / "samples.jsonl")) == STEPS * config.ppo.samples_per_step
+
+    _, state = load_checkpoint(config.run_dir / "checkpoints" / f"step-{STEPS:06d}" / "pipeline")
+    assert state["step"] == STEPS
+    assert load_config(config.run_dir / "config.resolved.yaml").learner.precision == "float32"
+    written = json.loads((config.run_dir / "summary.json").read_text())
+    assert written["samples"] == STEPS * BATCH
+    assert written["stage_seconds"]["train"] > 0
+
+    base = AutoModelForCausalLM.from_pretrained(config.model.path).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(config.run_dir / "policy").state_dict()
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+
+    evaluation = run_evaluate(config)
+    assert (evaluation.prompts, evaluation.samples_per_prompt) == (3, 2)
+    assert evaluation.base.kl == pytest.approx(0, abs=1e-3), "the base's distance from itself"
+    assert abs(evaluation.trained.kl) > 1e-3
+
+
+def test_staleness_zero_trains_only_on_what_the_newest_policy_sampled_and_resumes(
+    cluster: None, make_config: Any
+) -> None:
+    config = make_config(
+        name="sync", ppo={"max_staleness": 0, "steps": 2, "checkpoint_every": 1}, generator={"count": 1}
+    )
+    summary = run_ppo(config)
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert summary.staleness_max == 0
+    assert [row["staleness_max"] for row in rows] == [0, 0]
+    assert all(row["sampler_gap"] < 1e-3 for row in rows), "every token was sampled by the policy that trains on it"
+
+    longer = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": 3})})
+    resumed = run_ppo(longer, resume=True)
+    assert (resumed.steps, resumed.samples) == (3, 3 * BATCH)
+    assert (resumed.lost, resumed.trained_twice) == (0, 0)
+    assert [row["step"] for row in read_lines(config.run_dir / "metrics.jsonl")] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"is at step 3 and ppo\.steps = 3"):
+        run_ppo(longer, resume=True)
+    with pytest.raises(ConfigError, match=r"was written with seed = 0; give the same"):
+        run_ppo(longer.model_copy(update={"seed": 1}), resume=True)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        run_ppo(longer)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_started(
+    cluster: None, make_config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ResourceError, match=r"the run asks for .* CPUs .*generator 2 x 3.* and the cluster has 4"):
+        run_ppo(make_config(generator={"num_cpus": 3}))
+    with pytest.raises(ModelError, match=r"there is no reward model in .*; train one with `rlhf-ray reward`"):
+        run_ppo(make_config(serve={"model": str(tmp_path)}))
+    policy_folder = make_config().model.path
+    with pytest.raises(ModelError, match=r"has \d+ labels and a reward model has one"):
+        run_ppo(make_config(serve={"model": policy_folder}))
+    with pytest.raises(ResourceError, match=r"learner\.num_cpus = 5 and no node of the cluster has more than 4 CPUs"):
+        run_ppo(make_config(learner={"num_cpus": 5}))
+    with pytest.raises(ModelError, match="there is no trained policy"):
+        run_evaluate(make_config(name="untrained"))
+    with pytest.raises(ConfigError, match="there is no whole checkpoint"):
+        run_ppo(make_config(name="never"), resume=True)

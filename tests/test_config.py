@@ -1,0 +1,258 @@
+"""A configuration is right, or refused in one sentence that names the key, its place and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf_ray.config import RunConfig, load_config, save_resolved
+from rlhf_ray.config_file import config_keys, recipe_names, recipe_text
+from rlhf_ray.errors import ConfigError
+
+MINIMAL = """\
+name: small
+model: {path: some/model}
+prompts:
+  path: train.jsonl
+  eval_path: held_out.jsonl
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "run.yaml"
+
+
+def load(file: Path, more: str = "", *overrides: str) -> RunConfig:
+    file.write_text(MINIMAL + more, "utf-8")
+    return load_config(file, overrides)
+
+
+def refusal(file: Path, more: str = "", *overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load(file, more, *overrides)
+    return str(refused.value).replace(str(file), "run.yaml")
+
+
+def test_what_is_not_written_has_its_default(file: Path) -> None:
+    config = load(file)
+    assert (config.name, config.model.path, config.ppo.batch_size) == ("small", "some/model", 32)
+    assert config.run_dir == Path("runs/small")
+
+
+def test_numbers_are_read_as_people_write_them(file: Path) -> None:
+    config = load(file, "learner:\n  lr: 1e-6\n  betas: [0.9, 0.99]\nppo:\n  gamma: 1\n")
+    assert (config.learner.lr, config.learner.betas, config.ppo.gamma) == (1e-6, (0.9, 0.99), 1.0)
+
+
+def test_text_that_old_yaml_takes_for_something_else_stays_text(file: Path) -> None:
+    config = load(file, "output_dir: 2026-01-31\nserve:\n  name: on\n")
+    assert (config.output_dir, config.serve.name) == (Path("2026-01-31"), "on")
+
+
+def test_an_override_wins_and_may_make_a_section(file: Path) -> None:
+    config = load(file, "ppo:\n  steps: 3\n", "ppo.steps=7", "learner.lr=2e-5", "ppo.kl={coef: 0.2}", "name=other")
+    assert (config.ppo.steps, config.learner.lr, config.ppo.kl.coef, config.name) == (7, 2e-5, 0.2, "other")
+
+
+def test_an_override_mends_a_wrong_value_in_the_file(file: Path) -> None:
+    assert load(file, "ppo:\n  steps: many\n", "ppo.steps=7").ppo.steps == 7
+
+
+def test_a_configuration_cannot_be_changed(file: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load(file).ppo.steps = 3  # type: ignore[misc]
+
+
+def test_what_is_saved_loads_as_the_same(file: Path, tmp_path: Path) -> None:
+    config = load(file, "", "learner.lr=1e-6", "ppo.score_clip=5", "learner.betas=[0.9, 0.999]", "serve.name='7'")
+    saved = tmp_path / "new" / "config.resolved.yaml"
+    save_resolved(config, saved)
+    assert load_config(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("learner:\n  leraning_rate: 1\n  epz: 1", "learner.epz (run.yaml:8) is not a key; did you mean learner.eps"),
+        ("lerner:\n  lr: 1", "lerner (run.yaml:6) is not a key; did you mean learner"),
+        ("learner:\n  batch_size: 4", "learner.batch_size (run.yaml:7) is not a key; did you mean ppo.batch_size"),
+        (
+            "evaluate:\n  zzz: 4",
+            "evaluate.zzz (run.yaml:7) is not a key; the keys of evaluate are samples_per_prompt, max_prompts",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(file: Path, more: str, sentence: str) -> None:
+    assert sentence in refusal(file, more).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("ppo:\n  steps: many", 'ppo.steps (run.yaml:7) must be a whole number, not "many"'),
+        ('ppo:\n  steps: "32"', 'ppo.steps (run.yaml:7) must be a whole number, not "32"'),
+        ("ppo:\n  steps: 3.0", "ppo.steps (run.yaml:7) must be a whole number, not 3.0"),
+        ("ppo:\n  steps: true", "ppo.steps (run.yaml:7) must be a whole number, not true"),
+        ("learner:\n  lr: fast", 'learner.lr (run.yaml:7) must be a number, not "fast"'),
+        ("learner:\n  lr: 0", "learner.lr (run.yaml:7) must be above 0, not 0"),
+        ("learner:\n  betas: 3", "learner.betas (run.yaml:7) must be a list, not 3"),
+        ("learner:\n  betas:\n  - 0.9\n  - x", 'learner.betas.1 (run.yaml:7) must be a number, not "x"'),
+        ("serve:\n  port: 70000", "serve.port (run.yaml:7) must be at most 65535, not 70000"),
+        ("judge:\n  holdout: 1", "judge.holdout (run.yaml:7) must be below 1, not 1"),
+        ("seed: -1", "seed (run.yaml:6) must be at least 0, not -1"),
+        ("device: tpu", "device (run.yaml:6) must be one of 'auto', 'cpu' or 'cuda', not \"tpu\""),
+        ("ppo:\n  kl:\n    loss: k9", "ppo.kl.loss (run.yaml:8) must be one of 'none', 'k2' or 'k3', not \"k9\""),
+        ("learner: 3", "learner (run.yaml:6) must be a section of keys, not 3"),
+        ("learner:", "learner (run.yaml:6) must be a section of keys, not nothing"),
+        (
+            "serve:\n  name: 7",
+            "serve.name (run.yaml:7) must be text (in quotes, if it looks like a number), not 7",
+        ),
+        (
+            "learner:\n  gradient_checkpointing: yes",
+            'learner.gradient_checkpointing (run.yaml:7) must be true or false, not "yes"',
+        ),
+        ("learner:\n  lr: 1e999", 'learner.lr (run.yaml:7) is no number, text, list or section: "1e999"'),
+        (
+            "learner:\n  lr: !!python/name:os.x 1",
+            "learner.lr (run.yaml:7) is no number, text, list or section: the tag tag:yaml.org,2002:python/name:os.x",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_what_would_be_right(file: Path, more: str, sentence: str) -> None:
+    assert refusal(file, more) == sentence
+
+
+def test_a_name_that_would_leave_the_output_folder_is_refused(file: Path) -> None:
+    message = refusal(file, "", "name=../elsewhere")
+    assert message == (
+        "name (--set) must be letters, digits, dots, dashes and underscores, beginning with a letter or digit, "
+        'not "../elsewhere"'
+    )
+
+
+def test_every_problem_is_told_at_once(file: Path) -> None:
+    message = refusal(file, "ppo:\n  steps: 0\n  epochs: none\n", "lerner.lr=1")
+    assert message.splitlines() == [
+        "ppo.steps (run.yaml:7) must be at least 1, not 0",
+        'ppo.epochs (run.yaml:8) must be a whole number, not "none"',
+        "lerner (--set) is not a key; did you mean learner",
+    ]
+
+
+def test_a_missing_key_is_named_with_what_it_is(file: Path) -> None:
+    file.write_text("prompts: {path: a, eval_path: b}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(file)
+    assert str(refused.value).startswith(f"model.path is missing from {file}: Hugging Face hub id, local folder")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("name: again", "name is given twice, at run.yaml:1 and run.yaml:6"),
+        ("ppo:\n  steps: 1\n  kl: {coef: 1}\n  steps: 2", "ppo.steps is given twice, at run.yaml:7 and run.yaml:9"),
+        ("ppo: [1", "run.yaml:6 is not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("ppo: &here [*here]", "run.yaml is nested too deeply, or an alias in it refers to itself"),
+    ],
+)
+def test_yaml_that_says_nothing_definite_is_refused(file: Path, more: str, sentence: str) -> None:
+    assert refusal(file, more) == sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("ppo.steps", "--set ppo.steps must have the form key=value, such as learner.lr=1e-6"),
+        ("ppo..steps=1", "--set ppo..steps=1 must have the form key=value, such as learner.lr=1e-6"),
+        ("name.first=x", "--set name.first=x cannot apply: name is a value, not a section"),
+        ("ppo.kl={coef: 1, coef: 2}", "ppo.kl.coef is given twice, at --set and --set"),
+        ("ppo.steps=[", "--set is not valid YAML: expected the node content, but found '<stream end>'"),
+    ],
+)
+def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sentence: str) -> None:
+    assert refusal(file, "", override) == sentence
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            "ppo:\n  batch_size: 32\n  minibatches: 5",
+            "ppo.minibatches = 5 does not divide ppo.batch_size = 32; choose minibatches from [1, 2, 4, 8, 16, 32] "
+            "(run.yaml:8, run.yaml:7)",
+        ),
+        (
+            "ppo:\n  kl:\n    loss: k3",
+            "ppo.kl.loss = k3 contradicts ppo.kl.loss_coef = 0; set both or neither (run.yaml:8)",
+        ),
+        (
+            "ppo:\n  kl: {controller: adaptive, coef: 0}",
+            "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05 "
+            "(run.yaml:7)",
+        ),
+        (
+            "device: cpu\nlearner: {num_gpus: 1}",
+            "device = cpu, but learner.num_gpus = 1; use device = auto, or ask for no GPUs (run.yaml:6, run.yaml:7)",
+        ),
+        (
+            "device: cuda",
+            "device = cuda, but generator.num_gpus = 0; give it a GPU or part of one, or use device = auto "
+            "(run.yaml:6)",
+        ),
+        (
+            "generator: {tensor_parallel_size: 2, num_gpus: 1}",
+            "generator.tensor_parallel_size = 2 needs as many GPUs for each engine, but generator.num_gpus = 1 "
+            "(run.yaml:6)",
+        ),
+        (
+            "reward: {max_length: 500}",
+            "reward.max_length = 500 is shorter than prompts.max_tokens = 512 and sampling.max_new_tokens = 64 "
+            "together; raise it to 576 or more (run.yaml:6)",
+        ),
+        (
+            "learner: {betas: [0.9, 1.0]}",
+            "learner.betas = [0.9, 1.0] must each be at least 0 and below 1 (run.yaml:6)",
+        ),
+    ],
+)
+def test_values_that_cannot_work_together_are_refused(file: Path, more: str, sentence: str) -> None:
+    assert refusal(file, more) == sentence
+
+
+def test_evaluating_on_the_training_prompts_is_refused(file: Path) -> None:
+    message = refusal(file, "", "prompts.eval_path=train.jsonl")
+    assert message == "prompts.eval_path = train.jsonl is the training file; evaluation needs other prompts (--set)"
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml cannot be read \(No such file or directory\).*recipe:demo"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="there is no recipe 'dmeo'; the recipes are demo, multi_gpu"):
+        load_config("recipe:dmeo")
+    file.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(file)
+    file.write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match=r"must hold keys with values, such as name: demo; it holds \[1, 2\]"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_configuration(name: str) -> None:
+    assert load_config(f"recipe:{name}").name
+    assert recipe_text(name).startswith("# ")
+
+
+def test_the_demo_cuts_its_responses_without_a_penalty() -> None:
+    demo = load_config("recipe:demo")
+    assert (demo.sampling.max_new_tokens, demo.ppo.missing_eos_penalty, demo.ppo.batch_size) == (24, 0, 32)
+
+
+def test_every_key_says_what_it_does() -> None:
+    keys = dict(config_keys(RunConfig))
+    assert {"name", "ppo.kl.coef", "serve.port"} <= keys.keys()
+    assert [key for key, field in keys.items() if not (field.description or "").rstrip().endswith(".")] == []

@@ -1,0 +1,75 @@
+"""Ctrl-C on a real run: the step in progress, a checkpoint, a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from rlhf_ray.checkpoint import latest_checkpoint, load_checkpoint
+from rlhf_ray.metrics import read_lines
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of what still runs with Ray's folder in it."""
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(folder) in line]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(
+    tiny_model_dir: Path, tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(4)))
+    config = {
+        "name": "stopped",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_model_dir)},
+        "prompts": {
+            "path": str(tmp_path / "train.jsonl"),
+            "eval_path": str(tmp_path / "held_out.jsonl"),
+            "max_tokens": 64,
+        },
+        "sampling": {"max_new_tokens": 8},
+        "serve": {"model": str(tiny_reward_dir), "port": 0, "num_cpus": 0.25, "threads": 1},
+        "generator": {"num_cpus": 0.25, "kv_cache_gb": 0.02, "threads": 1},
+        "reference": {"num_cpus": 0.25, "threads": 1},
+        "learner": {"num_cpus": 0.25, "threads": 1},
+        "ppo": {"steps": 100_000, "batch_size": 4},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": str(ray_temp_dir)
+    }
+    command = [str(Path(sys.executable).parent / "rlhf-ray"), "ppo", "-c", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            seen = []
+            for line in process.stdout:
+                seen.append(line)
+                if "step 2/" in line:
+                    process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=120) == 130, "".join(seen)
+        finally:
+            process.kill()
+    run_dir = tmp_path / "runs" / "stopped"
+    folder = latest_checkpoint(run_dir / "checkpoints")
+    assert folder is not None, "".join(seen)
+    _, state = load_checkpoint(folder / "pipeline")
+    assert state["step"] == len(read_lines(run_dir / "metrics.jsonl")) >= 2
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    end = time.monotonic() + 30
+    while (left := processes_of(ray_temp_dir)) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert left == []

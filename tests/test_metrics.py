@@ -1,0 +1,94 @@
+"""A run's numbers are on disk as soon as they are known, each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.metrics import MetricsWriter, read_lines, read_summary, write_summary
+
+
+def steps(path: Path) -> list[float]:
+    return [row["step"] for row in read_lines(path)]
+
+
+def test_a_step_can_be_read_before_the_writer_is_closed(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "kl": 0.5}, [{"prompt": "Once", "response": "upon 'a' <time>", "score": 0.25}])
+        assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 0.5}]
+        assert read_lines(tmp_path / "samples.jsonl") == [
+            {"step": 1, "prompt": "Once", "response": "upon 'a' <time>", "score": 0.25}
+        ]
+
+
+def test_a_sample_with_an_odd_line_separator_stays_one_row(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1}, [{"response": "one\u2028two\x85three\nfour"}])
+    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "response": "one\u2028two\x85three\nfour"}]
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "kl": math.nan, "grad_norm": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "kl": None, "grad_norm": None}
+
+
+def test_a_new_writer_appends(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with MetricsWriter(tmp_path) as writer:
+            writer.write({"step": step})
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
+def test_a_resumed_run_drops_the_steps_that_it_takes_again_and_the_torn_line(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "kl": 0.1 * step}, [{"response": f"text {step}"}])
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 4, "kl"')
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write({"step": 3, "kl": 9.0}, [{"response": "text 3 again"}])
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["kl"] == 9.0
+    assert [row["response"] for row in read_lines(tmp_path / "samples.jsonl")] == ["text 1", "text 2", "text 3 again"]
+
+
+def test_tensorboard_reads_the_scalars_back_and_a_resume_replaces_the_later_ones(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "score_mean": 10.0 * step, "kl": math.nan})
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write({"step": 3, "score_mean": 33.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["score/score_mean"]
+    assert [(e.step, e.value) for e in events.Scalars("score/score_mean")] == [(1, 10.0), (2, 20.0), (3, 33.0)]
+
+
+def test_a_writer_that_logs_nothing_makes_no_event_file(tmp_path: Path) -> None:
+    MetricsWriter(tmp_path).close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_the_summary_keeps_what_earlier_stages_wrote(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"reward_accuracy": 0.75, "status": "running"})
+    whole = write_summary(tmp_path, {"status": "finished", "kl_last": math.nan, "stage_seconds": {"ppo": 1.5}})
+    assert whole == {
+        "reward_accuracy": 0.75,
+        "status": "finished",
+        "kl_last": None,
+        "stage_seconds": {"ppo": 1.5},
+    }
+    assert read_summary(tmp_path) == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"], "no temporary file is left"
+
+
+def test_what_was_never_written_reads_as_empty(tmp_path: Path) -> None:
+    assert read_summary(tmp_path) == {}
+    assert read_lines(tmp_path / "metrics.jsonl") == []
