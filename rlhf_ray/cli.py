@@ -10,10 +10,11 @@ import builtins
 import fcntl
 import os
 import shutil
+import tempfile
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated
@@ -83,9 +84,8 @@ def demo(
     """Run everything on a small model: collect, judge, reward, serve, ppo, evaluate, report."""
     with _reported():
         run, console = _begin(config, overrides)
-        from rlhf_ray.demo import check_inputs, run_demo
+        from rlhf_ray.demo import run_demo
 
-        check_inputs(run)  # before --overwrite deletes anything
         with _claimed(run, *PRODUCTS, overwrite=overwrite):
             _exit_if_interrupted(run_demo(run, console).get("status"))
             console.say(f"Done: open {run.run_dir / 'report.html'}", style="bold")
@@ -156,9 +156,11 @@ def ppo(
         if resume and overwrite:
             raise ConfigError("--resume goes on from what is there and --overwrite deletes it; give one of them")
         with _claimed(run, "ppo", overwrite=overwrite, resume=resume):
-            from rlhf_ray.demo import run_ppo
+            from rlhf_ray.demo import run_ppo, run_report
 
             summary = run_ppo(run, console, resume=resume)
+            if summary.steps:
+                run_report(run, console)
         _exit_if_interrupted(summary.status)
 
 
@@ -170,9 +172,10 @@ def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
     with _reported():
         run, console = _begin(config, overrides)
         with _claimed(run):
-            from rlhf_ray.demo import run_evaluate
+            from rlhf_ray.demo import run_evaluate, run_report
 
             run_evaluate(run, console)
+            run_report(run, console)
 
 
 @app.command(epilog=_examples("rlhf-ray report -c run.yaml", "rlhf-ray report -c run.yaml --set report.samples=40"))
@@ -214,7 +217,7 @@ def _begin(config: str, overrides: Sequence[str] | None) -> tuple[RunConfig, Con
 def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool = False) -> Iterator[None]:
     """Hold the run's folder for this process, and refuse to mix new results with those of an earlier run.
 
-    The lock ends with the process, however that ends. Raises ``ConfigError``, before anything was deleted.
+    The lock ends with the process, however that ends. Raises ``ConfigError``, with everything left as it was.
     """
     folder = run.run_dir
     try:
@@ -238,11 +241,37 @@ def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool
                 f"{folder} already holds {', '.join(used)} of an earlier run; choose another folder with "
                 f"--set name=..., {ways}or --overwrite to delete {'it' if len(used) == 1 else 'them'}"
             )
-        if overwrite:
-            for stage in stages:
-                for name in (*PRODUCTS[stage], *DERIVED.get(stage, ())):
+        with _set_aside(folder, stages) if overwrite else nullcontext():
+            yield
+
+
+@contextmanager
+def _set_aside(folder: Path, stages: Sequence[str]) -> Iterator[None]:
+    """The stages' old products out of the way: back in place if the new input is refused, and else deleted."""
+    names = [name for stage in stages for name in (*PRODUCTS[stage], *DERIVED.get(stage, ()))]
+    with tempfile.TemporaryDirectory(prefix=".replaced-", dir=folder) as aside:
+        moved = [name for name in names if os.path.lexists(folder / name)]
+        for name in moved:
+            (folder / name).rename(Path(aside) / name)
+        if "summary.json" in moved and "reward" not in stages:
+            _keep_reward_figures(Path(aside), folder)
+        try:
+            yield
+        except Exception as error:
+            if isinstance(_deliberate(error), InputError):
+                for name in moved:
                     _delete(folder / name)
-        yield
+                    (Path(aside) / name).rename(folder / name)
+            raise
+
+
+def _keep_reward_figures(old: Path, new: Path) -> None:
+    """The reward model stays, and so does what the summary says of it."""
+    from rlhf_ray.metrics import read_summary, write_summary
+
+    kept = {key: value for key, value in read_summary(old).items() if key.startswith("reward_")}
+    if kept:
+        write_summary(new, kept)
 
 
 def _holds_something(path: Path) -> bool:

@@ -22,6 +22,9 @@ from rlhf_ray.errors import ConfigError
 SPIN_COUNT = "20000"
 """``GOMP_SPINCOUNT`` of every process: how long an OpenMP thread spins before it sleeps. Read when torch is loaded."""
 
+RESOLVED_FILE = "config.resolved.yaml"
+"""In the run's folder: the configuration with every default filled in, as the last command used it."""
+
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -77,7 +80,7 @@ class GeneratorConfig(Section):
     """The vLLM workers."""
 
     count: int = Field(1, ge=1, description="Number of generator actors.")
-    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs one engine is split over.")
     dtype: Precision = Field(
@@ -95,7 +98,7 @@ class ReferenceConfig(Section):
     """The frozen policy's workers."""
 
     count: int = Field(1, ge=1, description="Number of reference actors.")
-    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 autocast where the hardware has it.")
     max_batch_tokens: int = Field(2048, ge=1, description="Most padded tokens in one forward.")
@@ -105,7 +108,7 @@ class ReferenceConfig(Section):
 class LearnerConfig(Section):
     """The worker that takes gradient steps. Master weights are float32."""
 
-    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves.")
+    num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves.")
     precision: Precision = Field(
         "auto", description="Autocast of forward and backward; auto: bfloat16 where the hardware has it."
@@ -192,7 +195,9 @@ class CollectConfig(Section):
     """Sampling candidates for comparison."""
 
     completions: int = Field(4, ge=2, description="Responses sampled for each prompt.")
-    max_prompts: int | None = Field(None, ge=1, description="Use only the first N prompts; default all.")
+    max_prompts: int | None = Field(
+        None, ge=2, description="Use only the first N prompts; default all. Some are held out, so at least 2."
+    )
 
 
 class JudgeConfig(Section):
@@ -202,7 +207,9 @@ class JudgeConfig(Section):
         "vader", description="vader: prefers the response with the higher VADER compound sentiment."
     )
     pairs_per_prompt: int = Field(1, ge=1, description="Most pairs asked about for each prompt, clearest first.")
-    min_margin: float = Field(0.0, ge=0, description="Pairs whose gold scores differ by less are not asked about.")
+    min_margin: float = Field(
+        0.0, ge=0, lt=2, description="Pairs whose gold scores, -1 to 1, differ by less are not asked about."
+    )
     holdout: float = Field(
         0.1, gt=0, lt=1, description="Share of prompts whose pairs are kept for testing the reward model."
     )
@@ -237,7 +244,7 @@ class ServeConfig(Section):
     )
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one.")
     replicas: int = Field(1, ge=1, description="Replicas of the model.")
-    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 where the hardware has it.")
     max_batch_size: int = Field(16, ge=1, description="Most responses scored in one forward.")
@@ -289,7 +296,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         """``output_dir/name``: everything a run writes."""
-        return self.output_dir / self.name
+        return self.output_dir.expanduser() / self.name
 
     def device_of(self, num_gpus: float) -> Literal["cpu", "cuda"]:
         """Where a worker that reserves ``num_gpus`` computes; asked on the driver, which may have no GPU itself."""
@@ -357,12 +364,12 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"ppo.kl.horizon = {kl.horizon} is too short for ppo.batch_size = {config.ppo.batch_size}: one step could "
             "turn the coefficient negative; raise it above a fifth of the batch, such as 10000"
         )
-    longest = config.prompts.max_tokens + config.sampling.max_new_tokens
+    longest = config.prompts.max_tokens + config.sampling.max_new_tokens + 1  # the EOS that a cut response is given
     if config.reward.max_length < longest:
         yield (
             f"reward.max_length = {config.reward.max_length} is shorter than prompts.max_tokens = "
-            f"{config.prompts.max_tokens} and sampling.max_new_tokens = {config.sampling.max_new_tokens} together; "
-            f"raise it to {longest} or more"
+            f"{config.prompts.max_tokens}, sampling.max_new_tokens = {config.sampling.max_new_tokens} and EOS "
+            f"together; raise it to {longest} or more"
         )
     if config.prompts.path == config.prompts.eval_path:
         yield f"prompts.eval_path = {config.prompts.path} is the training file; evaluation needs other prompts"

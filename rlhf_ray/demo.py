@@ -58,7 +58,7 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
 def check_inputs(config: RunConfig) -> None:
     """Refuse now what a later stage would refuse after minutes of work: a prompt file, the model, the HTTP port."""
     VaderJudge()
-    prepared = prepare(config)
+    prepared = prepare(config, config.prompts.path, config.prompts.eval_path)
     prepared.encode(config.prompts.path)
     prepared.encode(config.prompts.eval_path)
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # there Serve may have the port already

@@ -236,6 +236,7 @@ class FakeLearner:
         max_staleness: an older experience raises ``StalenessError``.
         fail_at: the step, counted from 1, that raises ``NumericalError``.
         skip_at: the step, counted from 1, that is reported as skipped, with NaN where a loss would be.
+        sampler_gap: mean log-probability gap that each step reports, nats; None: none.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class FakeLearner:
         max_staleness: int | None = None,
         fail_at: int | None = None,
         skip_at: int | None = None,
+        sampler_gap: float | None = None,
     ) -> None:
         self.version = 0
         self.batches: list[tuple[int, list[int]]] = []
@@ -257,6 +259,7 @@ class FakeLearner:
         self._max_staleness = max_staleness
         self._fail_at = fail_at
         self._skip_at = skip_at
+        self._sampler_gap = sampler_gap
 
     async def train_step(self, batch: Sequence[ExperienceRefs], *, kl_coef: float) -> StepReport:
         """See ``interfaces.Learner``."""
@@ -271,6 +274,8 @@ class FakeLearner:
         self.version += 1
         skipped = len(self.batches) == self._skip_at
         metrics = _learner_metrics(batch, staleness, kl_coef, skipped=skipped)
+        if self._sampler_gap is not None:
+            metrics["sampler_gap"] = self._sampler_gap
         rows = tuple(
             {"prompt_id": e.rollout.prompt.prompt_id, "prompt": e.rollout.prompt.text, "response": e.rollout.text}
             | {"score": e.score.value, "kl": _k1(e)}

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rlhf_ray.config import SPIN_COUNT
+
+# A machine that is busy with something else is no failure of ours.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 # As the command does, and before torch is loaded: threads that spin for long take the time of those that work.
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

@@ -50,7 +50,7 @@ def run_dir(tmp_path: Path) -> Path:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     """Puts a function in a stage's place and keeps what it was called with."""
 
-    monkeypatch.setattr("rlhf_ray.demo.check_inputs", lambda config: None)
+    monkeypatch.setattr("rlhf_ray.stages.report.write", lambda config: config.run_dir / "report.html")
 
     def replace(module: str, name: str, result: Any = None, error: BaseException | None = None) -> Any:
         calls: list[dict[str, Any]] = []
@@ -203,6 +203,46 @@ def test_overwrite_deletes_what_ppo_wrote_and_nothing_else(
     assert run("ppo", "-c", config_file, "--overwrite").exit_code == 0
     left = {path.name for path in run_dir.iterdir()}
     assert left == {"reward", "my_notes", "preferences.jsonl", ".lock"}
+
+
+def test_overwrite_keeps_what_the_summary_says_of_the_reward_model(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path
+) -> None:
+    stand_in("rlhf_ray.stages.ppo", "run_ppo", PPO_SUMMARY)
+    (run_dir / "summary.json").write_text('{"reward_accuracy": 0.75, "status": "finished", "win_rate": 0.9}')
+    assert run("ppo", "-c", config_file, "--overwrite").exit_code == 0
+    assert json.loads((run_dir / "summary.json").read_text()) == {"reward_accuracy": 0.75}
+
+
+@pytest.mark.parametrize("command", ["collect", "reward", "ppo"])
+def test_overwrite_loses_nothing_when_the_new_input_is_refused(
+    config_file: Path, run_dir: Path, tmp_path: Path, command: str
+) -> None:
+    """Nothing stands in: each command meets a model folder that is not there, or prompts that are not."""
+    kept = {"completions.jsonl": "1", "metrics.jsonl": "2", "summary.json": '{"status": "finished"}'}
+    for name, text in kept.items():
+        (run_dir / name).write_text(text)
+    for name in ("reward", "policy", "checkpoints"):
+        (run_dir / name).mkdir()
+        (run_dir / name / "file").write_text(name)
+    missing = f"model.path={tmp_path / 'nowhere'}"
+    assert run(command, "-c", config_file, "--overwrite", "--set", missing).exit_code == 2
+    assert {name: (run_dir / name).read_text() for name in kept} == kept
+    assert {name: (run_dir / name / "file").read_text() for name in ("reward", "policy", "checkpoints")} == {
+        name: name for name in ("reward", "policy", "checkpoints")
+    }
+    assert not list(run_dir.glob(".replaced-*"))
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(
+    stand_in: Callable[..., Any], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("rlhf_ray.stages.ppo", "run_ppo", PPO_SUMMARY)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert run("ppo", "-c", config_file, "--set", "output_dir=~/runs").exit_code == 0
+    assert (tmp_path / "home" / "runs" / "mine").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 def test_resume_and_overwrite_together_make_no_sense(config_file: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 
 from rlhf_ray.cluster import connected
 from rlhf_ray.config import RunConfig
@@ -29,6 +30,7 @@ def test_a_second_local_cluster_in_one_process_serves_as_the_first_did(
         }
     )
     for _ in range(2):
+        assert not ray.is_initialized()
         with connected(), served_reward(config, tiny_reward_dir) as served:
             request = {"prompt": "The train", "responses": [" was late."]}
             assert len(httpx.post(f"{served.url}/v1/score", json=request, timeout=60).json()["scores"]) == 1

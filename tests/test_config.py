@@ -210,8 +210,8 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
         ),
         (
             "reward: {max_length: 500}",
-            "reward.max_length = 500 is shorter than prompts.max_tokens = 512 and sampling.max_new_tokens = 64 "
-            "together; raise it to 576 or more (run.yaml:6)",
+            "reward.max_length = 500 is shorter than prompts.max_tokens = 512, sampling.max_new_tokens = 64 "
+            "and EOS together; raise it to 577 or more (run.yaml:6)",
         ),
         (
             "learner: {betas: [0.9, 1.0]}",

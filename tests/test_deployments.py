@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from rlhf_ray.cluster import worker_needs
 from rlhf_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +137,8 @@ def test_the_configuration_in_the_readme_is_accepted(tmp_path: Path) -> None:
     assert blocks
     for block in blocks:
         (tmp_path / "run.yaml").write_text(block)
-        load_config(tmp_path / "run.yaml")
+        config = load_config(tmp_path / "run.yaml")
+        assert sum(need.count * need.num_cpus for need in worker_needs(config)) <= 2, "it says two CPU cores"
 
 
 # ---- cluster.yaml

@@ -23,8 +23,8 @@ from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ConfigError, WorkerDiedError
 from rlhf_ray.types import Probe, Prompt, Ref, Rollout, RolloutReceipt, VersionedWeights, WeightAck
 
-PROBE_ROOM = 64
-"""Tokens that an engine must at least hold, so that the parity probe fits."""
+PROBE_ROOM = 192
+"""Tokens that an engine must at least hold, so that the parity probe (``PROBE_TOKENS`` of the learner) fits."""
 
 
 class GeneratorWorker:

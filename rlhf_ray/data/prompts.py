@@ -102,7 +102,8 @@ def check_prompts(
     """Refuse a file with a prompt that cannot be used; ``encoded[i]`` are the token ids of line i + 1.
 
     Raises:
-        DataError: a prompt has no tokens, more than ``max_tokens``, or too many for a whole response to fit behind it.
+        DataError: a prompt has no tokens, more than ``max_tokens``, or too many for a whole response, and the EOS that
+            a reward model reads behind it, to fit.
     """
     for number, ids in enumerate(encoded, start=1):
         where = f"{path}, line {number}"
@@ -113,10 +114,10 @@ def check_prompts(
                 f"{where}: the prompt has {len(ids)} tokens and prompts.max_tokens = {max_tokens}; "
                 "shorten the prompt or raise prompts.max_tokens"
             )
-        if len(ids) + max_new_tokens > context_length:
+        if len(ids) + max_new_tokens + 1 > context_length:
             raise DataError(
-                f"{where}: the prompt's {len(ids)} tokens and sampling.max_new_tokens = {max_new_tokens} do not fit "
-                f"the model's context of {context_length}; shorten the prompt or lower sampling.max_new_tokens"
+                f"{where}: the prompt's {len(ids)} tokens, sampling.max_new_tokens = {max_new_tokens} and EOS do not "
+                f"fit the context of {context_length}; shorten the prompt or lower sampling.max_new_tokens"
             )
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import tempfile
 import time
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -33,6 +35,9 @@ UNLIMITED_CONTEXT = 2**31 - 1
 
 _GGUF_MAGIC = b"GGUF"
 _PACKAGE_SCHEME = "package://"
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, struct.error)
+"""What transformers and gguf raise for a file that is damaged or is not what its name says."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -58,6 +63,7 @@ def resolve_model(path: str, *, cache_dir: Path, trust_remote_code: bool = False
     if local.is_file():
         return str(_import_gguf(local, Path(cache_dir).expanduser()))
     if _HUB_ID.fullmatch(path) and local.suffix != ".gguf" and not local.parent.is_dir():
+        log.info("there is no local folder %s: asking the model hub for it", path)
         return path
     raise ModelError(
         f"model.path = {path} is no folder, no file and no hub id; give a Hugging Face folder, a .gguf file, "
@@ -74,7 +80,7 @@ def load_tokenizer(folder: str | Path, *, need_chat_template: bool, trust_remote
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable("tokenizer", folder, error) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -109,7 +115,7 @@ def load_policy_model(folder: str | Path, *, trust_remote_code: bool = False) ->
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable("model", folder, error) from error
     check_nothing_missing(folder, loading)
     return switch_off_dropout(model)
@@ -126,7 +132,7 @@ def context_length(folder: str | Path, *, trust_remote_code: bool = False) -> in
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable("configuration", folder, error) from error
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT)
 
@@ -221,8 +227,26 @@ def _without_dropout(config: Any) -> Any:
 def _unreadable(what: str, folder: str | Path, error: Exception) -> ModelError:
     cause = " ".join(str(error).split())
     return ModelError(
-        f"the {what} of model.path = {folder} cannot be loaded, from a local folder or from the hub: {cause[:300]}"
+        f"the {what} of {folder} cannot be loaded, from a local folder or from the hub; look at model.path, or for a "
+        f"reward model at serve.model: {type(error).__name__}: {cause[:300]}"
     )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Read the header of each safetensors file, which says whether it is whole.
+
+    Raises:
+        ModelError: there is none, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors weights; save the model with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged ({error}); copy or save the model again") from error
 
 
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
@@ -233,8 +257,9 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"model.path = {folder}: its config.json is no JSON ({error})") from error
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"model.path = {folder} holds no safetensors weights; save it with save_pretrained")
+    if not isinstance(content, dict):
+        raise ModelError(f"model.path = {folder}: its config.json holds a {type(content).__name__} and no object")
+    check_weight_files(folder)
     if "auto_map" in content and not trust_remote_code:
         raise ModelError(
             f"the model in {folder} needs Python code of its own; read that code, then set model.trust_remote_code=true"
@@ -297,7 +322,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(**source)
             imported = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise _unreadable("GGUF file", file, error) from error
     config = imported.config
     # A model that still says it is quantised refuses to be saved: a fresh one of its class takes the weights over.

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_ray.errors import DataError, ModelError
-from rlhf_ray.models.loading import check_nothing_missing, load_tokenizer, quiet, switch_off_dropout
+from rlhf_ray.models.loading import check_nothing_missing, check_weight_files, load_tokenizer, quiet, switch_off_dropout
 
 NORMALISATION_FILE = "score_normalisation.json"
 
@@ -62,8 +62,7 @@ def check_reward_folder(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"no reward model can be read from {folder}: {' '.join(str(error).split())[:300]}") from error
     _check_labels(folder, labels)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds no safetensors weights; save the reward model with save_pretrained")
+    check_weight_files(folder)
     ScoreNormalisation.load(folder)
 
 

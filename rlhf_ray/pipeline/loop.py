@@ -183,6 +183,7 @@ class Pipeline:
             raise RlhfRayError(
                 f"a step at version {self._buffer.version} made version {report.version}, not the next one"
             )
+        self._sync.check_rollouts(report.metrics.get("sampler_gap"), version=self._buffer.version)
         self._step += 1
         slots_in_use = self._buffer.slots_in_use
         self._tally.learner_stage("train", _now() - began)

@@ -48,16 +48,31 @@ class WeightSync:
         Raises:
             ParityError: generator and learner disagree about the probe by more than the tolerance, or by NaN.
         """
-        if not ack.parity_max <= self._tolerance:  # written so that NaN fails it
-            gap = "NaN" if math.isnan(ack.parity_max) else f"{ack.parity_max:.2g} nats"
+        self._refuse(ack.parity_max, f"{ack.generator} and the learner", ack.version)
+        self.parity_max = max(self.parity_max, ack.parity_max)
+        self._recent.append(ack)
+
+    def check_rollouts(self, sampler_gap: float | None, *, version: int) -> None:
+        """Hold what was really sampled to the same tolerance as the probe.
+
+        Args:
+            sampler_gap: mean |learner − sampler| over responses of ``version``, nats; None where a batch had none.
+
+        Raises:
+            ParityError: it is above the tolerance, or NaN.
+        """
+        if sampler_gap is not None:
+            self._refuse(sampler_gap, "on average over a batch, the generators and the learner", version)
+
+    def _refuse(self, gap: float, who: str, version: int) -> None:
+        if not gap <= self._tolerance:  # written so that NaN fails it
+            shown = "NaN" if math.isnan(gap) else f"{gap:.2g} nats"
             raise ParityError(
-                f"{ack.generator} and the learner differ by {gap} on the same tokens under version {ack.version}, and "
+                f"{who} differ by {shown} on the same tokens under version {version}, and "
                 f"ppo.parity_tolerance is {self._tolerance:g}; likely causes: an old packed lm_head under tied "
                 "embeddings, a prefix cache kept across the update, another sampling temperature, or generator.dtype "
                 "differing from learner.precision (then raise ppo.parity_tolerance to what that dtype needs)"
             )
-        self.parity_max = max(self.parity_max, ack.parity_max)
-        self._recent.append(ack)
 
     def collect_metrics(self) -> dict[str, float]:
         """``parity_max`` (nats) and ``seconds_sync`` (slowest generator) of the acknowledgements since the last call.

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rlhf_ray.config import RESOLVED_FILE
 from rlhf_ray.errors import DataError
 from rlhf_ray.metrics import METRICS_FILE, SAMPLES_FILE, read_lines, read_summary
 from rlhf_ray.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Chart, ChartSpec, draw, short
@@ -161,7 +162,7 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
     reward = _read_json(run_dir / "reward" / "reward_report.json")
     if not (rows or summary or evaluation or reward):
         raise DataError(f"{run_dir} holds no metrics, evaluation or reward model yet; run rlhf-ray ppo or demo first")
-    config_text = _read_text(run_dir / "config.resolved.yaml")
+    config_text = _read_text(run_dir / RESOLVED_FILE)
     if SIMULATED_ANNOTATOR in (reward or {}).get("annotators", ()):
         rows = with_gold(rows, read_lines(run_dir / SAMPLES_FILE), VaderJudge().score)
     sections, absent = draw_all(rows)

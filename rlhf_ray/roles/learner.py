@@ -32,14 +32,17 @@ from rlhf_ray.models.policy import PolicyModel
 from rlhf_ray.roles.ppo_update import NonFiniteError, PPOUpdate
 from rlhf_ray.types import Batch, Experience, Probe, StepReport, Weights
 
-PROBE_TOKENS = 48
+PROBE_TOKENS = 160
+"""More than one block of vLLM's KV cache on a CPU (128): what goes wrong between blocks shows too."""
+
 BAD_SAMPLE_FILE = "bad_sample.json"
 
 
 class PPOLearner:
     """Takes PPO steps.
 
-    A step whose inputs, loss or gradient norm are not finite is skipped and counted, and the version goes on. More than
+    A step whose inputs, loss or gradient norm are not finite is skipped and counted, and the version goes on. With
+    several minibatches that means from the one that is not finite on: those before it have been applied. More than
     ``learner.max_skipped_steps`` in a row end the run.
     """
 
@@ -240,11 +243,11 @@ def _new_optimizer(model: PolicyModel, config: RunConfig) -> torch.optim.AdamW:
 
 
 def _draw_probe(model_config: Any, tokenizer: Any, seed: int) -> Tensor:
-    """[48] ordinary tokens (fewer for a shorter context), the same for one seed."""
+    """[160] ordinary tokens (fewer for a shorter context), the same for one seed."""
     text_config = model_config.get_text_config()
     reserved = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ordinary = [token for token in range(min(len(tokenizer), text_config.vocab_size)) if token not in reserved]
-    length = min(PROBE_TOKENS, getattr(text_config, "max_position_embeddings", PROBE_TOKENS))
+    length = min(PROBE_TOKENS, getattr(text_config, "max_position_embeddings", PROBE_TOKENS) - 1)
     drawn = torch.randint(len(ordinary), (length,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
 
@@ -270,14 +273,15 @@ def _describe(batch: Batch) -> dict[str, float]:
 def _sampler_gap(
     experiences: Sequence[Experience], batch: Batch, old_logprobs: Tensor, version: int
 ) -> dict[str, float]:
-    """Mean |learner − sampler| over the tokens that these very weights sampled; nothing where there are none."""
-    fresh = torch.zeros_like(batch.response_mask)
-    for row, experience in enumerate(experiences):
-        for token, sampled_by in enumerate(experience.rollout.policy_versions):
-            fresh[row, token] = sampled_by == version
-    if not fresh.any():
+    """Mean |learner − sampler| over the responses that these very weights sampled; nothing where there are none.
+
+    A response that went on under newer weights is left out: its later tokens read keys that the older ones made.
+    """
+    fresh = [row for row, e in enumerate(experiences) if set(e.rollout.policy_versions) == {version}]
+    if not fresh:
         return {}
-    return {"sampler_gap": float((old_logprobs - batch.rollout_logprobs)[fresh].abs().mean())}
+    gaps = (old_logprobs - batch.rollout_logprobs)[fresh].abs()
+    return {"sampler_gap": float(gaps[batch.response_mask[fresh]].mean())}
 
 
 def _sample_row(experience: Experience, kl: float | None, staleness: int) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_ray.actors.generator import RayGenerator, engine_options, sample
 from rlhf_ray.cluster import Need, check_resources, connected, wait_ready
-from rlhf_ray.config import RunConfig
+from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.data.prompts import sampling_seed
 from rlhf_ray.stages.prepare import Prepared, prepare
 from rlhf_ray.types import Prompt, Rollout
@@ -35,9 +35,11 @@ def collect(config: RunConfig, progress: Progress | None = None) -> CollectRepor
     Raises:
         InputError: a prompt, model or resource that cannot work, before anything is started.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, config.prompts.path)
+    config = prepared.config
     encoded = prepared.encode(config.prompts.path)[: config.collect.max_prompts]
     n = config.collect.completions
+    save_resolved(config, config.run_dir / RESOLVED_FILE)
     rollouts = sample_responses(prepared, prepared.model_folder, encoded, n, progress=progress)
     path = config.run_dir / "completions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

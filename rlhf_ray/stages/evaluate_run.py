@@ -12,12 +12,12 @@ import ray
 from rlhf_ray.actors.reference import RayReference, reference_options
 from rlhf_ray.actors.scorer import ServedScorer
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
-from rlhf_ray.config import RunConfig
+from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.roles.judge import VaderJudge
 from rlhf_ray.stages.collect import Progress, sample_responses
 from rlhf_ray.stages.evaluate import Evaluation, evaluate, trained_policy
 from rlhf_ray.stages.ppo import reward_model_folder
-from rlhf_ray.stages.prepare import check_same_tokenizer, prepare
+from rlhf_ray.stages.prepare import check_reward_model_reads, prepare
 from rlhf_ray.stages.serve import ServedReward, served_reward
 from rlhf_ray.types import Rollout, Score
 
@@ -40,11 +40,13 @@ def run_evaluate(
         InputError: no trained policy, no reward model, or prompts that cannot be used.
     """
     trained_policy(config)
-    prepared = prepare(config)
+    reward_folder = reward_model_folder(config)
+    gold = VaderJudge().score
+    prepared = prepare(config, config.prompts.eval_path)
     config = prepared.config
     encoded = prepared.encode(config.prompts.eval_path)[: config.evaluate.max_prompts]
-    reward_folder = reward_model_folder(config)
-    check_same_tokenizer(prepared.tokenizer, reward_folder)
+    check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
+    save_resolved(config, config.run_dir / RESOLVED_FILE)
 
     def sample(model: str) -> list[Rollout]:
         folder = prepared.model_folder if model == config.model.path else model
@@ -58,7 +60,7 @@ def run_evaluate(
             evaluation = evaluate(
                 config,
                 sample=sample,
-                gold=VaderJudge().score,
+                gold=gold,
                 score=lambda rollouts: asyncio.run(_scores(served, rollouts)),
                 reference_logprobs=lambda rollouts: asyncio.run(_logprobs(reference, rollouts)),
             )

@@ -21,7 +21,7 @@ from rlhf_ray.actors.reference import RayReference, reference_options
 from rlhf_ray.actors.scorer import ServedScorer
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
-from rlhf_ray.config import RunConfig, save_resolved
+from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.metrics import MetricsWriter, write_summary
@@ -29,7 +29,7 @@ from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.summary import RunSummary
-from rlhf_ray.stages.prepare import Prepared, check_same_tokenizer, prepare
+from rlhf_ray.stages.prepare import Prepared, check_reward_model_reads, prepare
 from rlhf_ray.stages.serve import ServedReward, served_reward
 
 log = logging.getLogger("rlhf_ray.ppo")
@@ -54,19 +54,31 @@ def run_ppo(
         InputError: something that cannot work, before anything is started.
         RlhfRayError: the run's cause of death.
     """
-    prepared = prepare(config)
-    config = prepared.config
-    prompts = PromptStream(prepared.encode(config.prompts.path), seed=config.seed)
     reward_folder = reward_model_folder(config)
-    check_same_tokenizer(prepared.tokenizer, reward_folder)
+    prepared = prepare(config, config.prompts.path)
+    config = prepared.config
+    encoded = prepared.encode(config.prompts.path)
+    check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
+    prompts = PromptStream(encoded, seed=config.seed)
     start = _find_start(config, resume)
     with connected():
         check_resources(worker_needs(config))
-        save_resolved(config, config.run_dir / "config.resolved.yaml")
-        with served_reward(config, reward_folder, service) as served:
+        save_resolved(config, config.run_dir / RESOLVED_FILE)
+        with _status_kept(config.run_dir), served_reward(config, reward_folder, service) as served:
             summary = asyncio.run(_run(prepared, prompts, served, start, on_step or (lambda metrics: None)))
-    write_summary(config.run_dir, asdict(summary))
+            write_summary(config.run_dir, asdict(summary))
     return summary
+
+
+@contextmanager
+def _status_kept(run_dir: Path) -> Iterator[None]:
+    """``summary.json`` says "running" from here on, and "failed" with the cause if that is how the block ends."""
+    write_summary(run_dir, {"status": "running", "cause": None})
+    try:
+        yield
+    except Exception as error:
+        write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def reward_model_folder(config: RunConfig) -> Path:

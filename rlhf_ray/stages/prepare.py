@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,18 @@ class Prepared:
         return list(zip(texts, encoded, strict=True))
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *prompt_files: str) -> Prepared:
     """Resolve and check; nothing heavy has started yet.
 
+    Args:
+        prompt_files: looked through first, since to import a model may take half a minute.
+
     Raises:
+        DataError: a prompt file has a bad line.
         ModelError: the model or its tokenizer cannot be used.
     """
+    for path in prompt_files:
+        read_prompts(path)
     folder = resolve_model(
         config.model.path, cache_dir=config.model.cache_dir, trust_remote_code=config.model.trust_remote_code
     )
@@ -85,16 +92,26 @@ def _resolve_precisions(config: RunConfig) -> RunConfig:
     return config.model_copy(update=updates)
 
 
-def check_same_tokenizer(policy_tokenizer: Any, reward_folder: Path) -> None:
-    """The reward model must read the very token ids that the policy writes.
+def check_reward_model_reads(prepared: Prepared, reward_folder: Path, prompts: Sequence[Sequence[int]]) -> None:
+    """The reward model must read the very token ids that the policy writes, and all of them.
+
+    Args:
+        prompts: token ids of every prompt.
 
     Raises:
-        ModelError: the two vocabularies differ.
+        ModelError: the two vocabularies differ, or the reward model's context is too short for a whole response.
     """
+    policy_tokenizer = prepared.tokenizer
+    longest = max(map(len, prompts)) + prepared.config.sampling.max_new_tokens + 1
+    if (context := context_length(reward_folder)) < longest:
+        raise ModelError(
+            f"the reward model at {reward_folder} reads {context} tokens, and the longest prompt, "
+            f"sampling.max_new_tokens = {prepared.config.sampling.max_new_tokens} and EOS are {longest}; lower "
+            "sampling.max_new_tokens, shorten the prompts, or name another with serve.model"
+        )
     theirs = load_tokenizer(str(reward_folder), need_chat_template=False)
     if theirs.get_vocab() != policy_tokenizer.get_vocab() or theirs.eos_token_id != policy_tokenizer.eos_token_id:
         raise ModelError(
             f"the reward model at {reward_folder} has another tokenizer than the policy; the loop scores token ids, so "
-            "train "
-            "the reward model from the same base model (rlhf-ray reward) or name one that was, with serve.model"
+            "train the reward model from the same base model (rlhf-ray reward) or name one that was, with serve.model"
         )

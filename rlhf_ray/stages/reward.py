@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config import RunConfig
+from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.data.preferences import Preference, read_preferences
 from rlhf_ray.errors import ConfigError, DataError, NumericalError
 from rlhf_ray.metrics import write_summary
@@ -78,6 +78,7 @@ def train_reward(config: RunConfig, on_progress: Progress | None = None) -> Rewa
         _read_pairs(config.run_dir / name, tokenizer, config)
         for name in ("preferences.jsonl", "preferences.holdout.jsonl")
     )
+    save_resolved(config, config.run_dir / RESOLVED_FILE)
     temporary = Path(tempfile.mkdtemp(prefix=".reward-", dir=config.run_dir)) / folder.name  # the version has this name
     try:
         temporary.mkdir()

@@ -123,7 +123,7 @@ def check(*encoded: list[int], max_tokens: int = 10, max_new_tokens: int = 5, co
 
 
 def test_prompts_up_to_the_limits_pass() -> None:
-    check([1] * 7, [1])
+    check([1] * 6, [1])
     check([1] * 10, context_length=100)
 
 
@@ -134,9 +134,9 @@ def test_a_prompt_above_the_limit_is_named() -> None:
 
 def test_a_prompt_that_leaves_no_room_for_a_whole_response_is_named() -> None:
     with pytest.raises(
-        DataError, match=r"line 1: the prompt's 8 tokens and sampling\.max_new_tokens = 5 .*context of 12"
+        DataError, match=r"line 1: the prompt's 7 tokens, sampling\.max_new_tokens = 5 and EOS .*context of 12"
     ):
-        check([1] * 8)
+        check([1] * 7)
 
 
 def test_a_prompt_without_tokens_is_named() -> None:

@@ -241,7 +241,14 @@ def test_a_stop_during_a_step_finishes_it_and_writes_a_checkpoint(make_run) -> N
 
 
 def test_a_stop_while_the_learner_waits_does_not_wait_for_the_batch(make_run) -> None:
-    run = make_run(make_generator=lambda name: FakeGenerator(name, hang_at_generate=1), ppo=SYNCHRONOUS)
+    saved: list[int] = []
+
+    async def checkpoint(step: int, state: dict[str, Any]) -> None:
+        saved.append(step)
+
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, hang_at_generate=1), checkpoint=checkpoint, ppo=SYNCHRONOUS
+    )
 
     async def stop() -> RunSummary:
         running = asyncio.create_task(run.pipeline.run())
@@ -252,6 +259,7 @@ def test_a_stop_while_the_learner_waits_does_not_wait_for_the_batch(make_run) ->
     summary = simulate(stop())
     assert (summary.status, summary.steps, summary.score_first, summary.lost) == ("interrupted", 0, None, 0)
     assert summary.seconds == pytest.approx(5.0)
+    assert saved == [0], "there is something to resume from"
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(make_run) -> None:
@@ -403,10 +411,20 @@ def test_the_kl_controller_learns_from_each_step_but_a_skipped_one(make_run) -> 
             super().update(kl, samples)
 
     run = make_run(controller=Watching(coef=0.05, target=1e-6, horizon=10), learner=FakeLearner(skip_at=2))
-    run.go()
+    summary = run.go()
+    assert summary.skipped == 1
     assert [samples for _, samples in seen] == [4, 4, 4]
     assert not any(math.isnan(kl) for kl, _ in seen)
     assert [row["kl_coef"] for row in run.rows] == pytest.approx([0.05, 0.054, 0.054, 0.05832])
+
+
+def test_what_was_sampled_must_agree_with_the_learner(make_run) -> None:
+    run = make_run(learner=FakeLearner(sampler_gap=1e-3), parity_tolerance=1e-3)
+    assert run.go().status == "finished"
+    run = make_run(learner=FakeLearner(sampler_gap=2e-3), parity_tolerance=1e-3)
+    with pytest.raises(ParityError, match=r"over a batch, the generators and the learner differ by 0\.002 nats"):
+        run.go()
+    assert len(run.learner.batches) == 1
 
 
 def test_a_long_wait_says_what_is_waited_for(make_run, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,6 +39,15 @@ def test_nan_is_a_breach_too() -> None:
         WeightSync(a_pool(), FakeLearner(), tolerance=1e9).accept(ack(math.nan))
 
 
+def test_what_was_sampled_is_held_to_the_tolerance_too() -> None:
+    sync = WeightSync(a_pool(), FakeLearner(), tolerance=1e-3)
+    sync.check_rollouts(None, version=3)
+    sync.check_rollouts(1e-3, version=3)
+    for gap, shown in ((0.4, r"0\.4 nats"), (math.nan, "NaN")):
+        with pytest.raises(ParityError, match=f"over a batch, the generators .* differ by {shown} .* version 3"):
+            sync.check_rollouts(gap, version=3)
+
+
 def test_the_largest_gap_and_the_slowest_update_are_kept() -> None:
     sync = WeightSync(a_pool(), FakeLearner(), tolerance=1e-3)
     assert sync.collect_metrics() == {}

@@ -409,7 +409,7 @@ def test_the_probe_is_one_sequence_of_ordinary_tokens_and_follows_the_weights(
 ) -> None:
     learner = make_learner()
     probe = learner.probe()
-    assert len(probe.token_ids) == 48
+    assert len(probe.token_ids) == 160
     assert not set(probe.token_ids) & set(AutoTokenizer.from_pretrained(tiny_model_dir).all_special_ids)
     ids = torch.tensor([probe.token_ids])
     with torch.inference_mode():

@@ -95,7 +95,7 @@ def test_pairs_are_taken_clearest_first_and_never_below_the_margin_or_at_a_tie()
 
 
 def test_too_few_clear_pairs_are_refused_with_the_knobs(tmp_path: Path) -> None:
-    config = a_config(tmp_path, min_margin=5.0)
+    config = a_config(tmp_path, min_margin=1.99)
     write_completions(config, forty_prompts())
     with pytest.raises(DataError, match=r"0 prompts have a pair clear enough.*lower judge.min_margin"):
         judge(config)

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.checkpoint import load_checkpoint
 from rlhf_ray.config import RunConfig, load_config
-from rlhf_ray.errors import ConfigError, ModelError, ResourceError
-from rlhf_ray.metrics import read_lines
+from rlhf_ray.errors import ConfigError, ModelError, ParityError, ResourceError
+from rlhf_ray.metrics import read_lines, read_summary
 from rlhf_ray.stages.evaluate_run import run_evaluate
-from rlhf_ray.stages.ppo import run_ppo
+from rlhf_ray.stages.ppo import _status_kept, run_ppo
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -89,7 +89,9 @@ def test_an_asynchronous_run_trains_every_prompt_once_within_its_staleness_bound
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4), "the first policy is the reference"
     assert abs(rows[-1]["kl"]) > 1e-4, "a trained policy has left it"
-    assert all(row["parity_max"] < 1e-3 for row in rows if "parity_max" in row)
+    parity = [row["parity_max"] for row in rows if "parity_max" in row]
+    assert parity, "updates were acknowledged with a probe"
+    assert max(parity) < 1e-3
     assert rows[-1]["generators"] == 2
     assert len(read_lines(config.run_dir / "samples.jsonl")) == STEPS * config.ppo.samples_per_step
 
@@ -126,7 +128,10 @@ def test_staleness_zero_trains_only_on_what_the_newest_policy_sampled_and_resume
     resumed = run_ppo(longer, resume=True)
     assert (resumed.steps, resumed.samples) == (3, 3 * BATCH)
     assert (resumed.lost, resumed.trained_twice) == (0, 0)
-    assert [row["step"] for row in read_lines(config.run_dir / "metrics.jsonl")] == [1, 2, 3]
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert [(row["step"], row["version"]) for row in rows] == [(1, 1), (2, 2), (3, 3)], "the learner went on from 2"
+    kept = sorted(folder.name for folder in (config.run_dir / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"], "ppo.keep_checkpoints"
     with pytest.raises(ConfigError, match=r"is at step 3 and ppo\.steps = 3"):
         run_ppo(longer, resume=True)
     with pytest.raises(ConfigError, match=r"was written with seed = 0; give the same"):
@@ -151,3 +156,11 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
         run_evaluate(make_config(name="untrained"))
     with pytest.raises(ConfigError, match="there is no whole checkpoint"):
         run_ppo(make_config(name="never"), resume=True)
+
+
+def test_the_summary_says_how_a_run_ended(tmp_path: Path) -> None:
+    with _status_kept(tmp_path):
+        assert read_summary(tmp_path) == {"status": "running", "cause": None}
+    with pytest.raises(ParityError), _status_kept(tmp_path):
+        raise ParityError("they differ")
+    assert read_summary(tmp_path) == {"status": "failed", "cause": "ParityError: they differ"}

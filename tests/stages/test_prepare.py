@@ -9,9 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import ModelError
-from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.stages.prepare import check_same_tokenizer, prepare
+from rlhf_ray.errors import DataError, ModelError
+from rlhf_ray.stages.prepare import check_reward_model_reads, prepare
 
 
 def a_config(model: Path, **sections: object) -> RunConfig:
@@ -23,15 +22,34 @@ def a_config(model: Path, **sections: object) -> RunConfig:
 def test_a_reward_model_with_another_tokenizer_is_refused(
     tiny_model_dir: Path, tiny_reward_dir: Path, tmp_path: Path
 ) -> None:
-    policy = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    check_same_tokenizer(policy, tiny_reward_dir)
+    policy = prepare(a_config(tiny_model_dir))
+    check_reward_model_reads(policy, tiny_reward_dir, [[1, 2]])
     other = tmp_path / "other"
     shutil.copytree(tiny_reward_dir, other)
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(ModelError, match="has another tokenizer than the policy"):
-        check_same_tokenizer(policy, other)
+        check_reward_model_reads(policy, other, [[1, 2]])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_reward_model_must_read_the_longest_prompt_a_whole_response_and_eos(
+    tiny_model_dir: Path, tiny_reward_dir: Path, fits: bool
+) -> None:
+    policy = prepare(a_config(tiny_model_dir, sampling={"max_new_tokens": 12}))
+    prompts = [[1], [1] * (512 - 12 - 1 + (not fits)), [1, 2]]
+    if fits:
+        check_reward_model_reads(policy, tiny_reward_dir, prompts)
+    else:
+        with pytest.raises(ModelError, match=r"reads 512 tokens, and the longest prompt, .* and EOS are 513"):
+            check_reward_model_reads(policy, tiny_reward_dir, prompts)
+
+
+def test_a_bad_prompt_line_is_refused_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The train"}\n{"text": "no prompt"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        prepare(a_config(tmp_path / "no_model"), str(tmp_path / "prompts.jsonl"))
 
 
 def test_every_auto_is_resolved_and_the_output_folder_is_absolute(

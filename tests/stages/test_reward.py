@@ -81,7 +81,8 @@ def test_the_report_is_written_beside_the_model_and_nothing_else_is_left(trained
     assert report.version == RewardScorer(config.run_dir / "reward").version
     assert report.version.startswith("reward@")
     left = {path.name for path in config.run_dir.iterdir()}
-    assert left == {"preferences.jsonl", "preferences.holdout.jsonl", "reward", "summary.json"}
+    inputs = {"preferences.jsonl", "preferences.holdout.jsonl"}
+    assert left == {*inputs, "config.resolved.yaml", "reward", "summary.json"}
 
 
 def test_normalised_scores_of_the_compared_candidates_have_mean_0_and_deviation_1(trained: Any) -> None:
@@ -185,7 +186,8 @@ def test_more_frozen_layers_than_there_are_is_refused(tmp_path: Path, tiny_model
     config = a_run(tmp_path, tiny_model_dir, freeze_layers=3)
     with pytest.raises(ConfigError, match=r"reward.freeze_layers = 3 and the model has 2 layers"):
         train_reward(config)
-    assert {path.name for path in config.run_dir.iterdir()} == {"preferences.jsonl", "preferences.holdout.jsonl"}
+    left = {path.name for path in config.run_dir.iterdir()}
+    assert left == {"preferences.jsonl", "preferences.holdout.jsonl", "config.resolved.yaml"}
 
 
 def test_the_saved_folder_is_a_plain_sequence_classifier(trained: Any) -> None:
