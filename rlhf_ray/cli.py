@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -15,9 +16,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -47,6 +49,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+data_app = typer.Typer(help="Preference data.", no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(data_app, name="data")
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", metavar="FILE|recipe:NAME", help="The run's YAML file, or a packaged recipe.")
@@ -186,6 +191,44 @@ def report(config: ConfigOption, overrides: SetOption = None) -> None:
         from rlhf_ray.demo import run_report
 
         run_report(run, console)
+
+
+@data_app.command(
+    "check",
+    epilog=_examples(
+        "rlhf-ray data check judgements.csv",
+        "rlhf-ray data check judgements.csv --on-bad-row skip --rejects bad.jsonl",
+        "rlhf-ray data check Anthropic/hh-rlhf:test --json",
+    ),
+)
+def data_check(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet, a saved data set, or a hub's name.")
+    ],
+    on_bad_row: Annotated[
+        Literal["fail", "skip"],
+        typer.Option("--on-bad-row", help="skip: set bad rows aside, with their reasons."),
+    ] = "fail",
+    rejects: Annotated[
+        Path, typer.Option("--rejects", help="Where skipped rows are written, one JSON object a line.")
+    ] = Path("rejects.jsonl"),
+    holdout: Annotated[
+        float, typer.Option("--holdout", min=0.001, max=0.999, help="Share of the prompts that the split holds out.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Look through a file of comparisons: counts, lengths, duplicates, contradictions, agreement, a split by prompt."""
+    with _reported():
+        from rlhf_ray.report.data_check import check_lines
+        from rlhf_ray.stages.data_check import check_data
+
+        check = check_data(file, skip_bad_rows=on_bad_row == "skip", rejects_path=rejects, holdout=holdout, seed=seed)
+        if as_json:
+            typer.echo(json.dumps(asdict(check), default=str, indent=2))
+        else:
+            for line in check_lines(check):
+                typer.echo(line)
 
 
 @app.command("config", epilog=_examples("rlhf-ray config | less", "rlhf-ray config --recipe demo > run.yaml"))

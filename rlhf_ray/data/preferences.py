@@ -1,24 +1,31 @@
 """Preference data: pairs of candidates for one input, and which one was preferred.
 
 On disk a JSON object a line, ``{"input_text", "candidate1", "candidate2", "human_preference"}``; in memory a
-``Preference``.
+``Preference``. ``preference_files`` reads the other forms of the field into the same.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import DataError
 
 _TEXT_FIELDS = ("input_text", "candidate1", "candidate2")
-_REQUIRED = f"{', '.join(_TEXT_FIELDS)} and human_preference"
-_NAMED_PREFERENCES = {"candidate1": 1.0, "candidate2": 0.0, "1": 1.0, "2": 0.0}
-_KNOWN_FIELDS = {*_TEXT_FIELDS, "human_preference", "source", "annotator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a dialogue."""
+
+    role: str
+    """system, user or assistant."""
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +36,23 @@ class Preference:
     """
 
     input_text: str
-    """The prompt as a person wrote it, before a chat template."""
+    """The prompt as a person wrote it, before a chat template; of a dialogue, its turns as one text."""
     candidate1: str
     candidate2: str
     human_preference: float
     """P(candidate1 is preferred), 0 to 1: 1 the first, 0 the second, 0.5 a tie."""
+    turns: tuple[Turn, ...] = ()
+    """The messages that a chat template is given, where they are more than one from the user; () is ``input_text``."""
+    weight: float = 1.0
+    """How much the comparison counts in the loss."""
+    margin: float = 0.0
+    """By how much the preferred one is better, in units of the score."""
     annotator: str | None = None
     """Who compared; a program that stands in for people says so here."""
     source: str | None = None
     """Where the pair comes from."""
+    pair_id: str | None = None
+    """The row's own name."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """Every other field of the line, kept as it was."""
 
@@ -57,50 +72,35 @@ class Preference:
         return self.candidate2 if self.human_preference >= 0.5 else self.candidate1
 
 
-def read_preferences(path: Path) -> list[Preference]:
-    """Every comparison of a JSONL file, in its order; blank lines are passed over.
+def as_dialogue(turns: Sequence[Turn]) -> str:
+    """Messages as one text in the form of hh-rlhf, up to where the assistant begins to speak."""
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in turns) + "\n\nAssistant: "
 
-    ``human_preference`` may be "candidate1" or "candidate2", 1 or 2, or P(candidate1 is preferred) between 0 and 1 (1
-    means the first candidate either way).
+
+def split_by_prompt(
+    preferences: Sequence[Preference], share: float, *, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """(train, holdout): all pairs of one prompt stand on one side, and each side has at least one prompt.
+
+    Args:
+        share: of the prompts, that go to the holdout.
 
     Raises:
-        DataError: naming the file, the line, the field and the remedy.
+        DataError: there are fewer than two prompts.
     """
-    preferences = [_parse(row, where) for where, row in read_jsonl(path)]
-    if not preferences:
-        raise DataError(f"{path} holds no comparison; write one JSON object a line, with {_REQUIRED}")
-    return preferences
+    prompts = list(dict.fromkeys(preference.input_text for preference in preferences))
+    if len(prompts) < 2:
+        raise DataError(f"{len(prompts)} prompts cannot be split into training and holdout; compare more")
+    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    held = set(random.Random(seed).sample(prompts, count))
+    train = [preference for preference in preferences if preference.input_text not in held]
+    return train, [preference for preference in preferences if preference.input_text in held]
 
 
 def write_preferences(path: Path, preferences: Iterable[Preference]) -> None:
     """Write comparisons in the form that ``read_preferences`` reads; the file appears whole or not at all."""
     write_jsonl(path, (_row(preference) for preference in preferences))
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE line N", object) for each line that is not blank.
-
-    Raises:
-        DataError: the file is missing or is not UTF-8, or a line is not a JSON object.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise DataError(f"{where} is not JSON ({reason}); write one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where} holds a {type(row).__name__}; write one JSON object a line")
-        yield where, row
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -115,50 +115,18 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def _parse(row: Mapping[str, Any], where: str) -> Preference:
-    for name in (*_TEXT_FIELDS, "human_preference"):
-        if name not in row:
-            raise DataError(f'{where} has no field "{name}"; every comparison needs {_REQUIRED}')
-    for name in _TEXT_FIELDS:
-        if not isinstance(row[name], str):
-            raise DataError(f'{where}: "{name}" must be text, not {type(row[name]).__name__}')
-        if any("\ud800" <= letter <= "\udfff" for letter in row[name]):
-            raise DataError(f'{where}: "{name}" has half of a surrogate pair, which no tokenizer can read; remove it')
-    if not row["input_text"].strip():
-        raise DataError(f'{where}: "input_text" is empty; give the prompt that the candidates answer')
-    for name in ("annotator", "source"):
-        if not isinstance(row.get(name), str | None):
-            raise DataError(f'{where}: "{name}" must be text, not {type(row[name]).__name__}')
-    return Preference(
-        **{name: row[name] for name in _TEXT_FIELDS},
-        human_preference=_parse_preference(row["human_preference"], where),
-        annotator=row.get("annotator"),
-        source=row.get("source"),
-        meta={name: value for name, value in row.items() if name not in _KNOWN_FIELDS},
-    )
-
-
-def _parse_preference(value: Any, where: str) -> float:
-    if isinstance(value, str) and value in _NAMED_PREFERENCES:
-        return _NAMED_PREFERENCES[value]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if value == 2:
-            return 0.0
-        if 0 <= value <= 1:
-            return float(value)
-    raise DataError(
-        f'{where}: "human_preference" is {json.dumps(value)}; write "candidate1", "candidate2", 1, 2, '
-        "or the probability (0 to 1) that candidate1 is preferred"
-    )
-
-
 def _row(preference: Preference) -> dict[str, Any]:
     answer: str | float = preference.human_preference
     if preference.decided:
         answer = "candidate1" if preference.human_preference == 1.0 else "candidate2"
     row: dict[str, Any] = {name: getattr(preference, name) for name in _TEXT_FIELDS}
     row["human_preference"] = answer
-    for name in ("annotator", "source"):
-        if getattr(preference, name) is not None:
-            row[name] = getattr(preference, name)
+    if preference.turns:
+        row["messages"] = [asdict(turn) for turn in preference.turns]
+    said = {"annotator": preference.annotator, "source": preference.source, "id": preference.pair_id}
+    row |= {name: value for name, value in said.items() if value is not None}
+    if preference.weight != 1.0:
+        row["weight"] = preference.weight
+    if preference.margin:
+        row["margin"] = preference.margin
     return row | dict(preference.meta)

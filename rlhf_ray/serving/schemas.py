@@ -111,7 +111,7 @@ class RewardServiceArgs(BaseModel):
     name: str = Field(ServeConfig.model_fields["name"].default, description="Name of the model.")
     device: Device = Field("auto", description="Where it runs; auto: cuda where a replica is given a GPU, else cpu.")
     replicas: int = Field(1, ge=1, description="Replicas of the model.")
-    num_cpus: float = Field(1, ge=0, description="CPU cores that Ray reserves for each.")
+    num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 where the hardware has it.")
     max_batch_size: int = Field(16, ge=1, description="Most responses scored in one forward.")

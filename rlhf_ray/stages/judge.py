@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import RunConfig
-from rlhf_ray.data.preferences import Preference, read_jsonl, write_preferences
+from rlhf_ray.data.preferences import Preference, split_by_prompt, write_preferences
+from rlhf_ray.data.tables import read_table
 from rlhf_ray.errors import DataError
 from rlhf_ray.roles.judge import SIMULATED_ANNOTATOR, VaderJudge
 
@@ -55,17 +56,21 @@ def judge(config: RunConfig) -> JudgeReport:
         )
         for prompt, texts in completions.items()
     }
-    asked = [prompt for prompt, found in pairs.items() if found]
-    holdout = _holdout_prompts(asked, config.judge.holdout, rng)
-    train_rows = [pair for prompt in asked if prompt not in holdout for pair in pairs[prompt]]
-    holdout_rows = [pair for prompt in asked if prompt in holdout for pair in pairs[prompt]]
+    asked = [pair for found in pairs.values() for pair in found]
+    prompts_asked = sum(map(bool, pairs.values()))
+    if prompts_asked < 2:
+        raise DataError(
+            f"{prompts_asked} prompts have a pair clear enough to ask about, and a split needs 2; "
+            "lower judge.min_margin, or raise collect.completions or collect.max_prompts"
+        )
+    train_rows, holdout_rows = split_by_prompt(asked, config.judge.holdout, seed=config.seed)
     report = JudgeReport(
         annotator=SIMULATED_ANNOTATOR,
         prompts=len(completions),
-        prompts_without_pair=len(completions) - len(asked),
+        prompts_without_pair=len(completions) - prompts_asked,
         train_pairs=len(train_rows),
         holdout_pairs=len(holdout_rows),
-        mean_margin=statistics.fmean(abs(p.meta["gold1"] - p.meta["gold2"]) for p in train_rows + holdout_rows),
+        mean_margin=statistics.fmean(abs(p.meta["gold1"] - p.meta["gold2"]) for p in asked),
         train_path=config.run_dir / "preferences.jsonl",
         holdout_path=config.run_dir / "preferences.holdout.jsonl",
     )
@@ -75,8 +80,8 @@ def judge(config: RunConfig) -> JudgeReport:
         "a simulated labeller (%s: a program, standing in for people) compared %d pairs over %d of %d prompts; "
         "%d pairs are held out",
         SIMULATED_ANNOTATOR,
-        len(train_rows) + len(holdout_rows),
         len(asked),
+        prompts_asked,
         len(completions),
         len(holdout_rows),
     )
@@ -92,8 +97,10 @@ def read_completions(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; run `rlhf-ray collect` with the same configuration first")
     completions: dict[str, list[str]] = {}
-    for where, row in read_jsonl(path):
-        prompt, texts = _prompt_and_texts(row, where)
+    for row in read_table(path):
+        if row.value is None:
+            raise DataError(f"{row.where} {row.problem}")
+        prompt, texts = _prompt_and_texts(row.value, row.where)
         known = completions.setdefault(prompt, [])
         known += [text for text in dict.fromkeys(texts) if text not in known]
     if not completions:
@@ -135,17 +142,6 @@ def _compare(prompt: str, candidates: Sequence[str], gold: Mapping[str, float]) 
         annotator=SIMULATED_ANNOTATOR,
         meta={"gold1": gold[first], "gold2": gold[second]},
     )
-
-
-def _holdout_prompts(prompts: Sequence[str], share: float, rng: random.Random) -> set[str]:
-    """A random share of the prompts; both sides keep at least one."""
-    if len(prompts) < 2:
-        raise DataError(
-            f"{len(prompts)} prompts have a pair clear enough to ask about, and a split needs 2; "
-            "lower judge.min_margin, or raise collect.completions or collect.max_prompts"
-        )
-    count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
-    return set(rng.sample(prompts, count))
 
 
 def _prompt_and_texts(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
-from rlhf_ray.data.preferences import Preference, read_preferences
+from rlhf_ray.data.preference_files import read_preferences
+from rlhf_ray.data.preferences import Preference
 from rlhf_ray.errors import ConfigError, DataError, NumericalError
 from rlhf_ray.metrics import write_summary
 from rlhf_ray.models.loading import quiet, resolve_device, resolve_precision
@@ -28,8 +29,8 @@ from rlhf_ray.stages.prepare import Prepared, prepare
 
 log = logging.getLogger("rlhf_ray.reward")
 
-NORMALISATION_SAMPLE = 512
-"""Most candidates that the score normalisation is fitted on: the mean is then known to 0.05 standard deviations."""
+NORMALISATION_SAMPLE = 256
+"""Most candidates that the score normalisation is fitted on: the mean is then known to 0.06 standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

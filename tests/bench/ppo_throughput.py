@@ -47,7 +47,6 @@ def main() -> None:
                 "serve.port=0",
                 f"serve.model={folder}/reward",
                 f"ppo.steps={arguments.steps + WARM_UP_STEPS}",
-                "ppo.minibatches=1",
                 *arguments.overrides,
             ],
         )

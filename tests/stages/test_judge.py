@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import RunConfig
-from rlhf_ray.data.preferences import read_preferences
+from rlhf_ray.data.preference_files import read_preferences
 from rlhf_ray.errors import DataError
 from rlhf_ray.stages.judge import clearest_pairs, judge, read_completions
 
