@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "collect": ("completions.jsonl",),
     "judge": ("preferences.jsonl", "preferences.holdout.jsonl"),
-    "reward": ("reward",),
+    "reward": ("reward", "reward.rejects.jsonl"),
     "ppo": ("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
 }
 """What a command leaves in the run's folder: its traces, and what --overwrite deletes."""

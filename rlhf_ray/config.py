@@ -218,6 +218,24 @@ class JudgeConfig(Section):
 class RewardConfig(Section):
     """Training of the reward model."""
 
+    data: str | None = Field(
+        None,
+        description="Comparisons to train on: a file or data set as `rlhf-ray data check` takes it; default: the run's "
+        "preferences.jsonl and preferences.holdout.jsonl.",
+    )
+    holdout: float = Field(0.1, gt=0, lt=1, description="Share of the prompts of reward.data kept for testing.")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="skip: write bad rows of reward.data with their reasons to reward.rejects.jsonl and go on."
+    )
+    min_accuracy: float = Field(
+        0.55,
+        ge=0,
+        le=1,
+        description="ppo refuses a reward model that is less accurate on held-out pairs; 0 takes any.",
+    )
+    center_coef: float = Field(
+        0.0, ge=0, description="Weight of the squared sum of a pair's scores in the loss, which holds scores around 0."
+    )
     epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
     lr: float = Field(5e-5, gt=0, description="AdamW learning rate of the backbone.")
     head_lr: float | None = Field(

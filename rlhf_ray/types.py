@@ -22,6 +22,18 @@ Weights = Mapping[str, torch.Tensor]
 FinishReason = Literal["stop", "length"]
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a dialogue.
+
+    Example: ``Turn("user", "Is the train late?")``
+    """
+
+    role: str
+    """system, user or assistant."""
+    content: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One question to the policy.

@@ -73,6 +73,17 @@ def test_a_failing_write_leaves_the_old_folder_and_no_litter(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+def test_what_a_killed_write_left_behind_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Killed before the rename, or between the two of them."""
+    for left_over in ("c.tmp", "c.old"):
+        save_checkpoint(tmp_path / left_over, tensors=TENSORS, state={"version": 1})
+        mark_complete(tmp_path / left_over)
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path / "c", tensors=TENSORS, state=STATE)
+    assert load_checkpoint(tmp_path / "c")[1] == STATE
+    assert [folder.name for folder in tmp_path.iterdir()] == ["c"]
+
+
 def test_the_latest_is_the_last_marked_one(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
     for step in (10, 20, 30):

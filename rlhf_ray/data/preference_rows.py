@@ -17,8 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray.data.preferences import Preference, Turn, as_dialogue
+from rlhf_ray.data.preferences import Preference, as_dialogue
 from rlhf_ray.errors import DataError
+from rlhf_ray.types import Turn
 
 _SEED = ("input_text", "candidate1", "candidate2", "human_preference")
 _PAIR = ("chosen", "rejected")

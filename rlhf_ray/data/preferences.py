@@ -15,17 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.types import Turn
 
 _TEXT_FIELDS = ("input_text", "candidate1", "candidate2")
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a dialogue."""
-
-    role: str
-    """system, user or assistant."""
-    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rlhf_ray.errors import DataError, ModelError
-from rlhf_ray.types import Prompt
+from rlhf_ray.types import Prompt, Turn
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _RECIPE = "recipe:"
@@ -81,8 +82,13 @@ def _parse(line: bytes, where: str) -> str:
     return prompt
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, *, format: Literal["text", "chat"]) -> list[int]:
+def encode_prompt(
+    text: str, tokenizer: Tokenizer, *, format: Literal["text", "chat"], turns: Sequence[Turn] = ()
+) -> list[int]:
     """What the generator is given: the text as it stands, or as a user's turn in the tokenizer's chat template.
+
+    Args:
+        turns: of a dialogue; the chat template is given these instead of ``text``.
 
     Raises:
         ModelError: format is "chat" and the tokenizer has no chat template.
@@ -91,9 +97,9 @@ def encode_prompt(text: str, tokenizer: Tokenizer, *, format: Literal["text", "c
         return list(tokenizer.encode(text))
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template; set prompts.format to text, or use a chat model")
-    turns = [{"role": "user", "content": text}]
+    messages = [asdict(turn) for turn in turns or (Turn("user", text),)]
     # transformers 5 returns a BatchEncoding unless told otherwise.
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def check_prompts(

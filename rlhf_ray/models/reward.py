@@ -17,6 +17,7 @@ from rlhf_ray.errors import DataError, ModelError
 from rlhf_ray.models.loading import check_nothing_missing, check_weight_files, load_tokenizer, quiet, switch_off_dropout
 
 NORMALISATION_FILE = "score_normalisation.json"
+QUALITY_FILE = "reward_report.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

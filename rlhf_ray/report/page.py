@@ -23,7 +23,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf_ray.config import RESOLVED_FILE
 from rlhf_ray.errors import DataError
 from rlhf_ray.metrics import METRICS_FILE, SAMPLES_FILE, read_lines, read_summary
+from rlhf_ray.models.reward import QUALITY_FILE
 from rlhf_ray.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Chart, ChartSpec, draw, short
+from rlhf_ray.report.reward_section import reward_section
 from rlhf_ray.report.step_table import duration
 from rlhf_ray.roles.judge import SIMULATED_ANNOTATOR, VaderJudge
 from rlhf_ray.stages.evaluate import Evaluation, PairedSample, load_evaluation
@@ -159,7 +161,7 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
     """
     rows = [row for row in read_lines(run_dir / METRICS_FILE) if isinstance(row.get("step"), int | float)]
     summary, evaluation = read_summary(run_dir), load_evaluation(run_dir)
-    reward = _read_json(run_dir / "reward" / "reward_report.json")
+    reward = _read_json(run_dir / "reward" / QUALITY_FILE)
     if not (rows or summary or evaluation or reward):
         raise DataError(f"{run_dir} holds no metrics, evaluation or reward model yet; run rlhf-ray ppo or demo first")
     config_text = _read_text(run_dir / RESOLVED_FILE)
@@ -186,6 +188,7 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
         evaluation=evaluation,
         comparison=_comparison(evaluation),
         samples=first_of_each_prompt(evaluation.samples if evaluation else (), samples),
+        reward=reward_section(reward),
         stages=_stage_bars(summary),
         config_text=config_text,
         version=_version(),

@@ -1,7 +1,8 @@
 """Bradley–Terry training of a reward model with TRL's RewardTrainer, on token ids that were made beforehand.
 
 TRL is given ``chosen_ids`` and ``rejected_ids``: it then neither tokenises nor appends an EOS of its own, and what the
-model learns from is what it is served.
+model learns from is what it is served. The loss is ours (``algorithms/preference_loss.py``): TRL's knows only certain
+answers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 from trl import RewardConfig as TRLRewardConfig
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from rlhf_ray.algorithms.preference_loss import bradley_terry_loss
 from rlhf_ray.config import RewardConfig
 from rlhf_ray.errors import ConfigError, ModelError, NumericalError
 from rlhf_ray.models.loading import quiet
@@ -36,6 +39,42 @@ class TokenPair:
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    probability: float = 1.0
+    """P(the chosen one is preferred), 0.5 (a tie) to 1."""
+    weight: float = 1.0
+    """How much it counts, relative to the others."""
+    margin: float = 0.0
+    """By how much the chosen one is better, in units of the raw score."""
+
+
+class _PreferenceCollator(DataCollatorForPreference):
+    """Pads as TRL does, and keeps what our loss needs besides."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        for name in _TARGETS:
+            batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+_TARGETS = ("probability", "weight", "margin")
+
+
+class _PreferenceTrainer(RewardTrainer):
+    """TRL's trainer, with its metrics, under the loss for uncertain and weighted answers."""
+
+    def __init__(self, *, center_coef: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._center_coef = center_coef
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        targets = {name: inputs.pop(name) for name in _TARGETS}
+        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
+        loss = bradley_terry_loss(chosen, rejected, **targets, center_coef=self._center_coef)
+        return (loss, outputs) if return_outputs else loss
 
 
 @contextlib.contextmanager
@@ -102,11 +141,13 @@ def fit_reward_model(
         NumericalError: the loss is no longer a number.
     """
     with _quiet():
-        trainer = RewardTrainer(
+        trainer = _PreferenceTrainer(
+            center_coef=section.center_coef,
             model=model,
             args=_arguments(section, pairs=len(pairs), seed=seed, device=device, dtype=dtype, scratch=scratch),
             train_dataset=_dataset(pairs),
             processing_class=tokenizer,
+            data_collator=_PreferenceCollator(pad_token_id=tokenizer.pad_token_id),
             callbacks=[_ProgressCallback(section, pairs=len(pairs), on_progress=on_progress)],
             optimizers=(_optimizer(model, section), None),
         )
@@ -153,10 +194,14 @@ def _arguments(
 
 
 def _dataset(pairs: Sequence[TokenPair]) -> Any:
+    mean_weight = math.fsum(pair.weight for pair in pairs) / len(pairs)
     return datasets.Dataset.from_dict(
         {
             "chosen_ids": [pair.chosen_ids for pair in pairs],
             "rejected_ids": [pair.rejected_ids for pair in pairs],
+            "probability": [float(pair.probability) for pair in pairs],
+            "weight": [pair.weight / mean_weight for pair in pairs],
+            "margin": [float(pair.margin) for pair in pairs],
             "length": [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs],
         }
     )

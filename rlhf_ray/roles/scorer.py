@@ -19,7 +19,7 @@ from rlhf_ray.data.prompts import encode_prompt
 from rlhf_ray.errors import ModelError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
 from rlhf_ray.models.reward import load_reward_model, model_version, reward_input
-from rlhf_ray.types import Rollout, Score
+from rlhf_ray.types import Rollout, Score, Turn
 
 PromptFormat = Literal["text", "chat"]
 
@@ -56,15 +56,24 @@ class RewardSettings:
 
 
 def text_input(
-    prompt: str, response: str, tokenizer: Any, *, prompt_format: PromptFormat, max_length: int | None = None
+    prompt: str,
+    response: str,
+    tokenizer: Any,
+    *,
+    prompt_format: PromptFormat,
+    max_length: int | None = None,
+    turns: Sequence[Turn] = (),
 ) -> list[int]:
     """Token ids of a prompt and a response given as texts: each encoded alone, so no token spans the boundary.
+
+    Args:
+        turns: of a dialogue; under the chat format they are the prompt.
 
     Raises:
         DataError: more than ``max_length`` tokens.
     """
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    prompt_ids = encode_prompt(prompt, tokenizer, format=prompt_format)
+    prompt_ids = encode_prompt(prompt, tokenizer, format=prompt_format, turns=turns)
     return reward_input(prompt_ids, response_ids, eos_id=tokenizer.eos_token_id, max_length=max_length)
 
 

@@ -29,7 +29,7 @@ from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.summary import RunSummary
-from rlhf_ray.stages.prepare import Prepared, check_reward_model_reads, prepare
+from rlhf_ray.stages.prepare import Prepared, check_reward_model_reads, check_reward_quality, prepare
 from rlhf_ray.stages.serve import ServedReward, served_reward
 
 log = logging.getLogger("rlhf_ray.ppo")
@@ -55,6 +55,7 @@ def run_ppo(
         RlhfRayError: the run's cause of death.
     """
     reward_folder = reward_model_folder(config)
+    check_reward_quality(reward_folder, min_accuracy=config.reward.min_accuracy)
     prepared = prepare(config, config.prompts.path)
     config = prepared.config
     encoded = prepared.encode(config.prompts.path)

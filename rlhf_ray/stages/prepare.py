@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,9 @@ from rlhf_ray.config import RunConfig
 from rlhf_ray.data.prompts import check_prompts, encode_prompt, read_prompts
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.loading import context_length, load_tokenizer, resolve_model, resolve_precision
+from rlhf_ray.models.reward import QUALITY_FILE
+
+log = logging.getLogger("rlhf_ray.prepare")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,4 +119,23 @@ def check_reward_model_reads(prepared: Prepared, reward_folder: Path, prompts: S
         raise ModelError(
             f"the reward model at {reward_folder} has another tokenizer than the policy; the loop scores token ids, so "
             "train the reward model from the same base model (rlhf-ray reward) or name one that was, with serve.model"
+        )
+
+
+def check_reward_quality(folder: Path, *, min_accuracy: float) -> None:
+    """Refuse a reward model that its own report says cannot be trusted; one without a report passes with a warning.
+
+    Raises:
+        ModelError: its accuracy on held-out pairs is below the floor.
+    """
+    path = folder / QUALITY_FILE
+    if not path.is_file():
+        log.warning("%s has no %s, so nobody knows how accurate the reward model is", folder, QUALITY_FILE)
+        return
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["accuracy"] < min_accuracy:
+        raise ModelError(
+            f"the reward model in {folder} is right on {report['accuracy']:.2f} of {report['pairs']} held-out pairs "
+            f"(95 % interval {report['accuracy_low']:.2f} to {report['accuracy_high']:.2f}), and reward.min_accuracy = "
+            f"{min_accuracy:g}; train it on more or clearer comparisons, or lower reward.min_accuracy to use it anyway"
         )

@@ -1,11 +1,10 @@
-"""preferences.jsonl → reward/: train the reward model, test it on held-out prompts, and fit its normalisation."""
+"""Comparisons → reward/: train the reward model, test it on held-out prompts, and fit its normalisation."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-import math
 import random
 import shutil
 import statistics
@@ -14,18 +13,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
-from rlhf_ray.data.preference_files import read_preferences
-from rlhf_ray.data.preferences import Preference
-from rlhf_ray.errors import ConfigError, DataError, NumericalError
+from rlhf_ray.errors import ConfigError, NumericalError
 from rlhf_ray.metrics import write_summary
 from rlhf_ray.models.loading import quiet, resolve_device, resolve_precision
-from rlhf_ray.models.reward import ScoreNormalisation, model_version
+from rlhf_ray.models.reward import QUALITY_FILE, ScoreNormalisation, model_version
 from rlhf_ray.roles.reward_trainer import Progress, TokenPair, fit_reward_model, new_reward_model
-from rlhf_ray.roles.scorer import PromptFormat, RewardScorer, RewardSettings, text_input
+from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
 from rlhf_ray.stages.prepare import Prepared, prepare
+from rlhf_ray.stages.reward_data import Comparison, load_comparisons
+from rlhf_ray.stages.reward_quality import Quality, ScoredPair, quality
 
 log = logging.getLogger("rlhf_ray.reward")
 
@@ -43,9 +41,13 @@ class RewardReport:
     accuracy_high: float
     """Wilson 95 % interval."""
     log_loss: float
-    """Mean −log σ(chosen − rejected), nats; log 2 knows nothing."""
+    """Mean cross-entropy of what people said under σ(chosen − rejected), nats; log 2 knows nothing."""
     pairs: int
-    """Held-out pairs."""
+    """Held-out pairs that are no ties."""
+    quality: Quality
+    """Calibration, length, sources, margins."""
+    order_agreement: float
+    """Share of held-out pairs with the same verdict when the candidates are scored in the other order."""
     train_pairs: int
     train_loss: float
     """Mean over the training run, nats a pair."""
@@ -61,11 +63,11 @@ class RewardReport:
 
 
 def train_reward(config: RunConfig, on_progress: Progress | None = None) -> RewardReport:
-    """Train on ``preferences.jsonl``, test on ``preferences.holdout.jsonl``, save to the run's ``reward`` folder.
+    """Train on ``reward.data`` or the run's own preferences, test on held-out prompts, save to the ``reward`` folder.
 
     Raises:
         ConfigError: the folder is in use, or ``reward.freeze_layers`` is more than the model has.
-        DataError: a preference file is missing, has a bad line, a pair that is not decided, or one that is too long.
+        DataError: a preference file is missing, has a bad line, or a pair that is too long.
         ModelError: the model cannot be loaded.
         NumericalError: the loss or a score is no longer a number.
     """
@@ -75,37 +77,37 @@ def train_reward(config: RunConfig, on_progress: Progress | None = None) -> Rewa
         raise ConfigError(f"{folder} already holds a reward model; remove it, or choose another name or output_dir")
     prepared = prepare(config)
     config, tokenizer = prepared.config, prepared.tokenizer
-    train, holdout = (
-        _read_pairs(config.run_dir / name, tokenizer, config)
-        for name in ("preferences.jsonl", "preferences.holdout.jsonl")
-    )
+    train, holdout = load_comparisons(config, tokenizer)
+    pairs = [comparison.tokens for comparison in train]
     save_resolved(config, config.run_dir / RESOLVED_FILE)
     temporary = Path(tempfile.mkdtemp(prefix=".reward-", dir=config.run_dir)) / folder.name  # the version has this name
     try:
         temporary.mkdir()
-        train_loss, train_seconds = _train_and_save(prepared, train.tokens, temporary, on_progress)
+        train_loss, train_seconds = _train_and_save(prepared, pairs, temporary, on_progress)
         scorer = _scorer(config, temporary)
-        normalisation = _fit_normalisation(scorer, train.tokens, seed=config.seed)
+        normalisation = _fit_normalisation(scorer, pairs, seed=config.seed)
         normalisation.save(temporary)
-        margins = _margins(scorer, holdout.tokens)
-        low, high = wilson_interval(sum(margin > 0 for margin in margins), len(margins))
+        scored, order_agreement = _score_holdout(scorer, holdout)
+        found = quality(scored)
         report = RewardReport(
-            accuracy=sum(margin > 0 for margin in margins) / len(margins),
-            accuracy_low=low,
-            accuracy_high=high,
-            log_loss=statistics.fmean(log_loss(margin) for margin in margins),
-            pairs=len(margins),
-            train_pairs=len(train.tokens),
+            accuracy=found.accuracy.value,
+            accuracy_low=found.accuracy.low,
+            accuracy_high=found.accuracy.high,
+            log_loss=found.log_loss,
+            pairs=found.accuracy.pairs,
+            quality=found,
+            order_agreement=order_agreement,
+            train_pairs=len(train),
             train_loss=train_loss,
             score_mean=normalisation.mean,
             score_std=normalisation.std,
             seconds=time.monotonic() - began,
-            pairs_per_second=len(train.tokens) * config.reward.epochs / train_seconds,
-            annotators=train.annotators,
+            pairs_per_second=len(train) * config.reward.epochs / train_seconds,
+            annotators=tuple(sorted({c.preference.annotator for c in train if c.preference.annotator})),
             version=model_version(temporary),
             folder=str(folder),
         )
-        (temporary / "reward_report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        (temporary / QUALITY_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
@@ -123,61 +125,6 @@ def train_reward(config: RunConfig, on_progress: Progress | None = None) -> Rewa
         *(report.version, report.accuracy, report.accuracy_low, report.accuracy_high, report.pairs, report.train_pairs),
     )
     return report
-
-
-def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson 1927); z = 1.96 for 95 %."""
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def log_loss(margin: float) -> float:
-    """−log σ(margin), nats, without overflow: the Bradley–Terry loss of a pair whose scores differ by ``margin``."""
-    return max(-margin, 0.0) + math.log1p(math.exp(-abs(margin)))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Pairs:
-    tokens: list[TokenPair]
-    annotators: tuple[str, ...]
-
-
-def _read_pairs(path: Path, tokenizer: Any, config: RunConfig) -> _Pairs:
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist; run `rlhf-ray judge` with the same configuration, or write it yourself"
-        )
-    preferences = read_preferences(path)
-    return _Pairs(
-        tokens=[
-            _token_pair(preference, tokenizer, config.prompts.format, config.reward.max_length, f"{path} pair {number}")
-            for number, preference in enumerate(preferences, start=1)
-        ],
-        annotators=tuple(sorted({p.annotator for p in preferences if p.annotator})),
-    )
-
-
-def _token_pair(
-    preference: Preference, tokenizer: Any, prompt_format: PromptFormat, max_length: int, where: str
-) -> TokenPair:
-    if not preference.decided:
-        raise DataError(
-            f"{where}: human_preference is {preference.human_preference:g}; training takes decided comparisons "
-            "(candidate1 or candidate2), so remove ties and probabilities or round them"
-        )
-    chosen, rejected = (
-        text_input(preference.input_text, candidate, tokenizer, prompt_format=prompt_format)
-        for candidate in (preference.chosen, preference.rejected)
-    )
-    longest = max(len(chosen), len(rejected))
-    if longest > max_length:
-        raise DataError(
-            f"{where}: prompt and candidate are {longest} tokens; raise reward.max_length ({max_length}) or remove it"
-        )
-    return TokenPair(chosen_ids=chosen, rejected_ids=rejected)
 
 
 def _train_and_save(
@@ -239,7 +186,32 @@ def _fit_normalisation(scorer: RewardScorer, pairs: Sequence[TokenPair], *, seed
     return ScoreNormalisation(mean=statistics.fmean(raw), std=std)
 
 
-def _margins(scorer: RewardScorer, pairs: Sequence[TokenPair]) -> list[float]:
-    """Raw score of the chosen minus that of the rejected candidate."""
-    scores = scorer.score_ids([ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
-    return [chosen.raw - rejected.raw for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+def _score_holdout(scorer: RewardScorer, holdout: Sequence[Comparison]) -> tuple[list[ScoredPair], float]:
+    """Every held-out pair with its scores, and the share of them with the same verdict in the other order."""
+    in_order, swapped = (
+        scorer.score_ids([ids for c in holdout for ids in pair(c.tokens)])
+        for pair in (lambda t: (t.chosen_ids, t.rejected_ids), lambda t: (t.rejected_ids, t.chosen_ids))
+    )
+    scored = []
+    for comparison, chosen, rejected in zip(holdout, in_order[::2], in_order[1::2], strict=True):
+        tokens = comparison.tokens
+        prompt = _shared_length(tokens.chosen_ids, tokens.rejected_ids)
+        scored.append(
+            ScoredPair(
+                chosen=chosen.raw,
+                rejected=rejected.raw,
+                probability=tokens.probability,
+                chosen_tokens=len(tokens.chosen_ids) - prompt,
+                rejected_tokens=len(tokens.rejected_ids) - prompt,
+                source=comparison.preference.source,
+            )
+        )
+    again = [chosen.raw - rejected.raw for rejected, chosen in zip(swapped[::2], swapped[1::2], strict=True)]
+    same = [(pair.margin > 0) == (margin > 0) for pair, margin in zip(scored, again, strict=True)]
+    return scored, sum(same) / len(same)
+
+
+def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with: the prompt, and what the responses share."""
+    parted = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(parted, min(len(first), len(second)))

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rlhf_ray.data.preference_files import load_preferences, read_preferences, write_rejects
-from rlhf_ray.data.preferences import Preference, Turn, as_dialogue, split_by_prompt, write_preferences
+from rlhf_ray.data.preferences import Preference, as_dialogue, split_by_prompt, write_preferences
 from rlhf_ray.errors import DataError
+from rlhf_ray.types import Turn
 
 
 def a_row(**changes: Any) -> dict[str, Any]:

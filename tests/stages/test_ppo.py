@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
+from rlhf_ray.actors.generator import RayGenerator
 from rlhf_ray.checkpoint import load_checkpoint
 from rlhf_ray.config import RunConfig, load_config
-from rlhf_ray.errors import ConfigError, ModelError, ParityError, ResourceError
-from rlhf_ray.metrics import read_lines, read_summary
+from rlhf_ray.errors import ConfigError, ModelError, ResourceError
+from rlhf_ray.metrics import read_lines
 from rlhf_ray.stages.evaluate_run import run_evaluate
-from rlhf_ray.stages.ppo import _status_kept, run_ppo
+from rlhf_ray.stages.ppo import run_ppo
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -158,9 +160,26 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
         run_ppo(make_config(name="never"), resume=True)
 
 
-def test_the_summary_says_how_a_run_ended(tmp_path: Path) -> None:
-    with _status_kept(tmp_path):
-        assert read_summary(tmp_path) == {"status": "running", "cause": None}
-    with pytest.raises(ParityError), _status_kept(tmp_path):
-        raise ParityError("they differ")
-    assert read_summary(tmp_path) == {"status": "failed", "cause": "ParityError: they differ"}
+def test_a_killed_generator_is_replaced_and_its_prompts_are_issued_again(
+    cluster: None, make_config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: dict[str, RayGenerator] = {}
+    start = RayGenerator.start
+
+    def remembered(name: str, *args: Any, **kwargs: Any) -> RayGenerator:
+        started[name] = start(name, *args, **kwargs)
+        return started[name]
+
+    monkeypatch.setattr(RayGenerator, "start", remembered)
+    config = make_config(name="killed", generator={"count": 1}, ppo={"steps": 4, "checkpoint_every": 0})
+
+    def kill_the_first(row: Any) -> None:
+        if row["step"] == 1:
+            ray.kill(started["generator-0"]._actor)
+
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        summary = run_ppo(config, on_step=kill_the_first)
+    assert (summary.status, summary.steps, summary.samples) == ("finished", 4, 4 * BATCH)
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert list(started) == ["generator-0", "generator-1"]
+    assert "replacing it (1 of 3)" in caplog.text

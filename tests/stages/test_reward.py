@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_ray.config import RunConfig
+from rlhf_ray.config import RewardConfig, RunConfig
 from rlhf_ray.data.preferences import Preference, write_preferences
-from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.errors import ConfigError, DataError, ModelError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward import load_reward_model
 from rlhf_ray.roles.reward_trainer import TokenPair, fit_reward_model, new_reward_model
 from rlhf_ray.roles.scorer import RewardScorer
-from rlhf_ray.stages.reward import RewardReport, log_loss, train_reward, wilson_interval
+from rlhf_ray.stages.prepare import check_reward_quality
+from rlhf_ray.stages.reward import RewardReport, train_reward
+from rlhf_ray.stages.reward_data import load_comparisons
+from rlhf_ray.types import Turn
 
 CPU = torch.device("cpu")
 
@@ -211,32 +216,121 @@ def test_a_missing_file_of_comparisons_is_refused(tmp_path: Path, tiny_model_dir
         train_reward(config)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"human_preference": 0.5}, "pair 41: human_preference is 0.5; training takes decided comparisons"),
-        ({"candidate1": "a" * 600}, r"pair 41: prompt and candidate are 60\d tokens; raise reward.max_length \(300\)"),
-    ],
-)
-def test_a_pair_that_cannot_be_trained_on_is_named(
-    tmp_path: Path, tiny_model_dir: Path, change: dict[str, Any], complaint: str
-) -> None:
+def test_a_pair_that_is_too_long_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:
     config = a_run(tmp_path, tiny_model_dir, max_length=300)
-    bad = {"input_text": "p", "candidate1": "a", "candidate2": "b", "human_preference": 1.0} | change
-    write_preferences(config.run_dir / "preferences.jsonl", [*pairs_with_a_rule(40, seed=1), Preference(**bad)])
-    with pytest.raises(DataError, match=complaint):
+    long = Preference(input_text="p", candidate1="a" * 600, candidate2="b", human_preference=1.0)
+    write_preferences(config.run_dir / "preferences.jsonl", [*pairs_with_a_rule(40, seed=1), long])
+    with pytest.raises(DataError, match=r"preferences.jsonl: the prompt 'p' and a candidate are 60\d tokens together"):
         train_reward(config)
 
 
-def test_wilson_intervals_match_published_values() -> None:
-    """Newcombe 1998, table I, method 3: 81 of 263, and 0 of 20."""
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+# ---- A file of one's own
 
 
-def test_log_loss_of_a_margin_is_exact_and_does_not_overflow() -> None:
-    assert log_loss(0.0) == pytest.approx(math.log(2))
-    assert log_loss(2.0) == pytest.approx(0.126928, abs=1e-6)
-    assert log_loss(-2.0) == pytest.approx(2.126928, abs=1e-6)
-    assert log_loss(-1000.0) == 1000.0
-    assert log_loss(1000.0) == 0.0
+def a_csv(path: Path, pairs: list[Preference]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["input_text", "candidate1", "candidate2", "human_preference", "source", "weight"])
+        for i, p in enumerate(pairs):
+            answer = "candidate1" if p.human_preference else "candidate2"
+            writer.writerow([p.input_text, p.candidate1, p.candidate2, answer, "ab"[i % 2], 1 + i % 3])
+
+
+def test_a_csv_with_ties_and_a_bad_row_becomes_a_reward_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+    path = tmp_path / "judgements.csv"
+    a_csv(path, pairs_with_a_rule(60, seed=1))
+    with path.open("a") as file:
+        file.writelines(f"tie {i},same{i}!,same{i}?,tie,a,1\n" for i in range(6))
+        file.write("broken,only,three\n")
+    config = a_run(tmp_path, tiny_model_dir, data=str(path), holdout=0.4)
+    for name in ("preferences.jsonl", "preferences.holdout.jsonl"):
+        (config.run_dir / name).unlink()
+    with pytest.raises(DataError, match=r"1 of 67 rows .* are no comparison; mend them, or use reward.on_bad_row=skip"):
+        train_reward(config)
+    assert not (config.run_dir / "reward").exists()
+
+    reward = config.reward.model_copy(update={"on_bad_row": "skip"})
+    report = train_reward(config.model_copy(update={"reward": reward}))
+    rejected = (config.run_dir / "reward.rejects.jsonl").read_text().splitlines()
+    assert len(rejected) == 1
+    assert "has 3 fields and line 1 names 6 columns" in rejected[0]
+    assert report.train_pairs + round(0.4 * 66) == 66
+    assert report.accuracy >= 0.9
+    assert sum(found.pairs for found in report.quality.by_source.values()) == report.pairs
+    assert report.order_agreement == 1.0
+    written = json.loads((config.run_dir / "reward" / "reward_report.json").read_text())
+    assert set(written["quality"]["by_source"]) == {"a", "b"}
+
+
+def test_nothing_but_ties_to_test_on_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir)
+    tie = Preference(input_text="p", candidate1="a", candidate2="b", human_preference=0.5)
+    write_preferences(config.run_dir / "preferences.holdout.jsonl", [tie])
+    with pytest.raises(DataError, match=r"every held-out comparison of .*holdout.jsonl is a tie"):
+        train_reward(config)
+
+
+def test_a_dialogue_is_put_to_the_model_turn_by_turn(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir)
+    config = config.model_copy(update={"prompts": config.prompts.model_copy(update={"format": "chat"})})
+    turns = (Turn("user", "Is it late?"), Turn("assistant", "A little."), Turn("user", "How late?"))
+    dialogue = Preference(
+        input_text="unused", candidate1=" Ten.", candidate2=" Two.", human_preference=0.25, turns=turns, weight=2.0
+    )
+    write_preferences(config.run_dir / "preferences.jsonl", [dialogue])
+    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=True)
+    (comparison,), _ = load_comparisons(config, tokenizer)
+    text = "<|user|>Is it late?<|end|><|assistant|>A little.<|end|><|user|>How late?<|end|><|assistant|>"
+    expected = tokenizer.encode(text) + tokenizer.encode(" Two.") + [tokenizer.eos_token_id]
+    assert comparison.tokens.chosen_ids == expected
+    assert (comparison.tokens.probability, comparison.tokens.weight) == (0.75, 2.0)
+
+
+def test_ties_and_weights_reach_the_loss(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Two opposite answers to one pair: the heavier one wins; a tie moves nothing that stands at zero."""
+    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
+    section = RewardConfig(epochs=20, lr=1e-3, batch_size=2, precision="float32")
+    first, second = [5, 6, 7, tokenizer.eos_token_id], [8, 9, tokenizer.eos_token_id]
+
+    def margin(*pairs: TokenPair) -> float:
+        model = new_reward_model(tiny_model_dir, tokenizer)
+        fit_reward_model(
+            model,
+            tokenizer,
+            pairs,
+            section,
+            seed=0,
+            device=CPU,
+            dtype=torch.float32,
+            scratch=tmp_path,
+            on_progress=None,
+        )
+        with torch.inference_mode():
+            scores = [model(input_ids=torch.tensor([ids])).logits.item() for ids in (first, second)]
+        return scores[0] - scores[1]
+
+    light = TokenPair(chosen_ids=first, rejected_ids=second, weight=1.0)
+    heavy = TokenPair(chosen_ids=second, rejected_ids=first, weight=3.0)
+    assert margin(light, heavy) < -0.3
+    assert margin(light, replace(heavy, weight=1 / 3)) > 0.3
+    tie = TokenPair(chosen_ids=first, rejected_ids=second, probability=0.5)
+    assert abs(margin(tie, tie)) < 1e-6
+
+
+# ---- The gate
+
+
+def test_a_reward_model_below_the_floor_is_refused_with_the_way_round_it(trained: Any, tmp_path: Path) -> None:
+    config, report, _ = trained
+    check_reward_quality(config.run_dir / "reward", min_accuracy=report.accuracy)
+    with pytest.raises(
+        ModelError, match=r"is right on .* of 30 held-out pairs .* or lower reward\.min_accuracy to use"
+    ):
+        check_reward_quality(config.run_dir / "reward", min_accuracy=min(1.0, report.accuracy + 0.01) + 1e-9)
+
+
+def test_a_reward_model_without_a_report_passes_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_reward_quality(tmp_path, min_accuracy=0.9)
+    assert "nobody knows how accurate the reward model is" in caplog.text
