@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -161,7 +162,15 @@ def _train_and_save(
     ScoreNormalisation(mean=0.0, std=1.0).save(folder)
     del model
     gc.collect()  # the trainer's reference cycles hold gradients and optimiser state, several times the model's size
+    _return_freed_memory()
     return loss, seconds
+
+
+def _return_freed_memory() -> None:
+    """Give the system what training has freed, gigabytes that glibc would keep: the demo's other processes need them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other C libraries keep less
+    if trim is not None:
+        trim(0)
 
 
 def _scorer(config: RunConfig, folder: Path) -> RewardScorer:
