@@ -167,7 +167,7 @@ def _train_and_save(
 
 
 def _return_freed_memory() -> None:
-    """Give the system what training has freed, gigabytes that glibc would keep: the demo's other processes need them."""
+    """Give the system what training has freed and glibc would keep: gigabytes that the demo's other processes need."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other C libraries keep less
     if trim is not None:
         trim(0)
