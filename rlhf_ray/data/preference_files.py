@@ -49,7 +49,12 @@ def read_preferences(path: str | Path) -> list[Preference]:
     loaded = load_preferences(path)
     if loaded.rejects:
         raise DataError(loaded.rejects[0].reason)
-    return _some(path, loaded).preferences
+    if not loaded.preferences:
+        raise DataError(
+            f"{path} holds no comparison; write one a line, as "
+            '{"input_text": "...", "candidate1": "...", "candidate2": "...", "human_preference": "candidate1"}'
+        )
+    return loaded.preferences
 
 
 def load_preferences(path: str | Path) -> Loaded:
@@ -77,12 +82,3 @@ def _parsed(row: Row) -> Preference:
     if row.value is None:
         raise DataError(f"{row.where} {row.problem}")
     return parse_preference(row.value, row.where)
-
-
-def _some(path: str | Path, loaded: Loaded) -> Loaded:
-    if not loaded.preferences:
-        raise DataError(
-            f"{path} holds no comparison; write one a line, as "
-            '{"input_text": "...", "candidate1": "...", "candidate2": "...", "human_preference": "candidate1"}'
-        )
-    return loaded

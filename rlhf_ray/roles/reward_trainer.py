@@ -28,6 +28,8 @@ from rlhf_ray.errors import ConfigError, ModelError, NumericalError
 from rlhf_ray.models.loading import quiet
 
 _PROGRESS_NOTICES = 50
+_TARGETS = ("probability", "weight", "margin")
+"""Columns of the data set that the loss needs and the model must not see."""
 
 Progress = Callable[[Mapping[str, float]], None]
 """Called with step, steps, loss, accuracy (on the pairs since the last call), pairs_per_second and eta_seconds."""
@@ -55,9 +57,6 @@ class _PreferenceCollator(DataCollatorForPreference):
         for name in _TARGETS:
             batch[name] = torch.tensor([example[name] for example in examples])
         return batch
-
-
-_TARGETS = ("probability", "weight", "margin")
 
 
 class _PreferenceTrainer(RewardTrainer):

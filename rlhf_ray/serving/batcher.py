@@ -8,6 +8,7 @@ model waits, and a batch is the item that waited longest with those nearest to i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,11 +70,9 @@ class Batcher:
 
     async def _score_all(self) -> None:
         """Forward batch after batch until nothing waits."""
-        try:
+        with contextlib.suppress(TimeoutError):  # nobody else came: that is what the time was for
             async with asyncio.timeout(self._wait_seconds):
                 await self._full.wait()
-        except TimeoutError:
-            pass  # nobody else came: that is what the time was for
         while batch := self._next_batch():
             try:
                 verdicts = await asyncio.get_running_loop().run_in_executor(
