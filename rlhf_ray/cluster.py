@@ -31,8 +31,9 @@ WORKER_ENV: Mapping[str, str] = {
     # Several workers share the cores of a small machine. A thread that spins for long takes them from the others, one
     # that sleeps at once is slow to wake between two small kernels: some tens of microseconds of spinning cost least.
     "GOMP_SPINCOUNT": SPIN_COUNT,
-    # Activations of hundreds of megabytes come and go each step: kept in the process, they cost no page faults.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    # Activations come and go each step: kept in the process, they cost no page faults. The largest tensors (logits)
+    # are given back: kept, they would leave holes that nothing else fills.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rlhf_ray.errors import ModelError
 from rlhf_ray.models.value import ValueHead
 
-_LOGITS_PER_CHUNK = 2**26
-"""Entries of the [rows, V] logits made at once: 256 MiB in float32."""
+_LOGITS_PER_CHUNK = 2**24
+"""Entries of the [rows, V] logits made at once: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,7 @@ from itertools import count
 import torch
 
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.models.loading import return_freed_memory
 from rlhf_ray.types import FinishReason, Prompt, Rollout, Weights
 
 # vLLM reads these while it is imported. One process, the caller's own: ``load_weights`` is handed tensors, not bytes.
@@ -132,6 +133,7 @@ class VLLMGenerator:
                 self._engine.apply_model(partial(_divide_logits, temperature=temperature))
             self._set_version(0)
             self._warm_up()
+            return_freed_memory()  # what reading and packing the weights took
 
     @property
     def version(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import logging
 import random
@@ -18,7 +16,7 @@ from pathlib import Path
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.errors import ConfigError, NumericalError
 from rlhf_ray.metrics import write_summary
-from rlhf_ray.models.loading import quiet, resolve_device, resolve_precision
+from rlhf_ray.models.loading import quiet, resolve_device, resolve_precision, return_freed_memory
 from rlhf_ray.models.reward import QUALITY_FILE, ScoreNormalisation, model_version
 from rlhf_ray.roles.reward_trainer import Progress, TokenPair, fit_reward_model, new_reward_model
 from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
@@ -161,16 +159,8 @@ def _train_and_save(
     RewardSettings(prompt_format=config.prompts.format).save(folder)
     ScoreNormalisation(mean=0.0, std=1.0).save(folder)
     del model
-    gc.collect()  # the trainer's reference cycles hold gradients and optimiser state, several times the model's size
-    _return_freed_memory()
+    return_freed_memory()  # the trainer's reference cycles held gradients and optimiser state
     return loss, seconds
-
-
-def _return_freed_memory() -> None:
-    """Give the system what training has freed and glibc would keep: gigabytes that the demo's other processes need."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; other C libraries keep less
-    if trim is not None:
-        trim(0)
 
 
 def _scorer(config: RunConfig, folder: Path) -> RewardScorer:
