@@ -22,6 +22,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import BaseModel
 
 from rlhf_ray.config import SPIN_COUNT, RunConfig, load_config
 from rlhf_ray.config_file import config_keys, recipe_text
@@ -372,7 +373,9 @@ def _kind(annotation: object) -> str:
         case types.UnionType:
             return " or ".join(_kind(choice) for choice in arguments)
         case builtins.tuple:
-            return f"list of {len(arguments)}"
+            return "list" if Ellipsis in arguments else f"list of {len(arguments)}"
+        case builtins.dict:
+            return "names with sections"
     words = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path", NoneType: "null"}
     return words[typing.cast(type, annotation)]
 
@@ -381,4 +384,6 @@ def _as_written(default: object) -> str:
     """A default as it would stand in the file."""
     if default is None or isinstance(default, bool):
         return "null" if default is None else str(default).lower()
-    return str(list(default)) if isinstance(default, tuple) else str(default)
+    if isinstance(default, BaseModel):
+        return f"{{{', '.join(f'{key}: {_as_written(value)}' for key, value in default)}}}"
+    return f"[{', '.join(map(_as_written, default))}]" if isinstance(default, tuple) else str(default)

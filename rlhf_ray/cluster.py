@@ -127,8 +127,9 @@ def worker_needs(config: RunConfig) -> list[Need]:
             ("generator", config.generator.count, config.generator),
             ("reference", config.reference.count, config.reference),
             ("learner", 1, config.learner),
-            ("serve", config.serve.replicas, config.serve),
+            ("serve", config.serve.replicas if config.serves_reward else 0, config.serve),
         )
+        if count
     ]
 
 

@@ -11,16 +11,20 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf_ray.config_file import apply_override, places_named, problem_sentence, read_config_file
 from rlhf_ray.errors import ConfigError
 
 SPIN_COUNT = "20000"
 """``GOMP_SPINCOUNT`` of every process: how long an OpenMP thread spins before it sleeps. Read when torch is loaded."""
+
+T = TypeVar("T")
 
 RESOLVED_FILE = "config.resolved.yaml"
 """In the run's folder: the configuration with every default filled in, as the last command used it."""
@@ -273,6 +277,81 @@ class ServeConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads of a replica; 0: all cores of the node.")
 
 
+def _not_zero(weight: float) -> float:
+    if weight == 0:
+        raise PydanticCustomError("weight", "a number other than 0")
+    return weight
+
+
+def _base_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        plain = parts.hostname and parts.port != 0 and not (parts.query or parts.fragment or "@" in parts.netloc)
+    except ValueError:
+        plain = False
+    if not plain or parts.scheme not in ("http", "https"):
+        raise PydanticCustomError("url", "a URL such as http://host:8000, without a user name, password or query")
+    return url.rstrip("/")
+
+
+def _at_least_one(entries: tuple[T, ...]) -> tuple[T, ...]:
+    if not entries:
+        raise PydanticCustomError("list", "a list of one or more")
+    return entries
+
+
+def _import_path(path: str) -> str:
+    module, colon, attribute = path.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise PydanticCustomError("reference", "a module and a name in it, such as rewards:brevity")
+    return path
+
+
+class ScorerConfig(Section):
+    """What every source of scores in the PPO loop has; ``kind`` says which source."""
+
+    kind: Literal["served", "remote", "function"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="What messages and metrics call it, such as score_NAME_mean."
+    )
+    weight: Annotated[float, AfterValidator(_not_zero)] = Field(
+        1.0, allow_inf_nan=False, description="The loop's score is the sum of weight x normalised score."
+    )
+
+
+class ServedScorerConfig(ScorerConfig):
+    """The reward model of section serve, by its handle."""
+
+    kind: Literal["served"] = Field(description="served: the reward model of section serve; at most one.")
+
+
+class RemoteScorerConfig(ScorerConfig):
+    """A reward service that somebody else keeps up."""
+
+    kind: Literal["remote"] = Field(description="remote: a reward service elsewhere, over HTTP.")
+    urls: Annotated[tuple[Annotated[str, AfterValidator(_base_url)], ...], AfterValidator(_at_least_one)] = Field(
+        description="Base URLs that serve the same model; one that fails is left out until it is ready."
+    )
+    model: str | None = Field(None, min_length=1, description="Model to ask for; default: the service's own choice.")
+    api_key_env: str | None = Field(
+        None, min_length=1, description="Environment variable that holds the API key; the key itself is never written."
+    )
+    timeout_s: float = Field(30.0, gt=0, description="Seconds without an answer after which a call has failed.")
+    tries: int = Field(8, ge=1, description="Calls for one response before the run ends; 8 take about a minute.")
+
+
+class FunctionScorerConfig(ScorerConfig):
+    """A Python function."""
+
+    kind: Literal["function"] = Field(description="function: a Python function with TRL's reward signature.")
+    function: Annotated[str, AfterValidator(_import_path)] = Field(
+        description="module:name; the module is looked for in the current folder and on sys.path."
+    )
+
+
+AnyScorerConfig = Annotated[ServedScorerConfig | RemoteScorerConfig | FunctionScorerConfig, Field(discriminator="kind")]
+
+
 class EvaluateConfig(Section):
     """Base against trained on held-out prompts."""
 
@@ -304,12 +383,37 @@ class RunConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     reward: RewardConfig = RewardConfig()
     serve: ServeConfig = ServeConfig()
+    scorers: Annotated[tuple[AnyScorerConfig, ...], AfterValidator(_at_least_one)] = Field(
+        (ServedScorerConfig(kind="served", name="reward"),),
+        description="Where the PPO loop's scores come from: a list, each entry with a kind of its own.",
+    )
     generator: GeneratorConfig = GeneratorConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _scorers_are_told_apart(self) -> RunConfig:
+        names = [scorer.name for scorer in self.scorers]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ValueError(
+                    f"scorers.{place}.name = {name} is the name of scorers.{names.index(name)} too; choose another"
+                )
+        served = [place for place, scorer in enumerate(self.scorers) if scorer.kind == "served"]
+        if len(served) > 1:
+            raise ValueError(
+                f"scorers.{served[1]}.kind = served, and so is scorers.{served[0]}; a run serves one reward model, "
+                "so name another one by its URL, with kind: remote"
+            )
+        return self
+
+    @property
+    def serves_reward(self) -> bool:
+        """Whether the loop scores with the reward model of section serve, which is then served for the run."""
+        return any(scorer.kind == "served" for scorer in self.scorers)
 
     @property
     def run_dir(self) -> Path:

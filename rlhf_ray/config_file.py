@@ -9,7 +9,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,20 @@ def show(value: Any) -> str:
 
 
 def config_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every settable key below ``section``, dotted, with its field; the sections themselves are left out."""
+    """Every settable key below ``section``, dotted, with its field; the sections themselves are left out.
+
+    What the kinds of a list's entries have in common comes once, under the first kind.
+    """
     for name, field in section.model_fields.items():
-        inner = _section_of(field)
-        if inner is None:
-            yield prefix + name, field
-        else:
+        inner, kinds = _section_of(field), _kinds_of(field)
+        if inner is not None:
             yield from config_keys(inner, f"{prefix}{name}.")
+            continue
+        yield prefix + name, field
+        common: set[str] = set()
+        for entry in kinds.values():
+            yield from ((f"{prefix}{name}.N.{key}", f) for key, f in config_keys(entry) if key not in common)
+            common |= entry.model_fields.keys() - {"kind"}
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -120,11 +128,55 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+def _named_section(field: FieldInfo) -> type[BaseModel] | None:
+    """Of a section whose keys are names that a person gives: the section behind each."""
+    values = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
+    return next((section for section in values if issubclass(section, BaseModel)), None)
+
+
+def _kinds_of(field: FieldInfo) -> Mapping[str, type[BaseModel]]:
+    """Of a list of sections that ``kind`` tells apart: kind → section; {} for any other field."""
+    if typing.get_origin(field.annotation) is not tuple:
+        return {}
+    entry, *facts = typing.get_args(typing.get_args(field.annotation)[0]) or (None,)
+    if not any(isinstance(fact, FieldInfo) and fact.discriminator == "kind" for fact in facts):
+        return {}
+    sections: tuple[type[BaseModel], ...] = typing.get_args(entry)
+    return {typing.get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+
+
+def _resolve(location: Key, model: type[BaseModel]) -> tuple[Key, type[BaseModel]]:
+    """A place as pydantic tells it → the key as a person writes it, and the section that the key is of.
+
+    Behind the number of a list's entry pydantic puts the entry's kind, which nobody writes there.
+    """
+    path: Key = ()
+    section = model
+    inner: type[BaseModel] | None = None
+    named: type[BaseModel] | None = None
+    kinds: Mapping[str, type[BaseModel]] = {}
+    for part in location:
+        if part in kinds:
+            inner, kinds = kinds[str(part)], {}
+            continue
+        path += (part,)
+        if named is not None:
+            inner, named = named, None
+            continue
+        section, inner = inner or section, None
+        if field := section.model_fields.get(str(part)):
+            inner, named, kinds = _section_of(field), _named_section(field), _kinds_of(field)
+    return path, section
+
+
 def problem_sentence(error: ErrorDetails, model: type[BaseModel], places: Places, source: str) -> str:
     """One of pydantic's findings as a sentence that a person can act on."""
-    path, kind, context = tuple(error["loc"]), error["type"], error.get("ctx", {})
+    kind, context = error["type"], error.get("ctx", {})
+    path, section = _resolve(tuple(error["loc"]), model)
+    if kind.startswith("union_tag"):
+        path += ("kind",)
     key = dotted(path)
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         required = [(k, f) for k, f in config_keys(model) if f.is_required() and (k == key or k.startswith(f"{key}."))]
         return (
             "\n".join(f"{k} is missing from {source}: {(f.description or key).rstrip('.')}" for k, f in required)
@@ -135,27 +187,27 @@ def problem_sentence(error: ErrorDetails, model: type[BaseModel], places: Places
         return f"{sentence}{places_named(sentence, places)}"
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), source)
     if kind == "extra_forbidden":
-        return f"{key} ({where}) is not a key; {_nearest(path, model)}"
-    return f"{key} ({where}) must be {_expected(kind, context, error['msg'])}, not {show(error['input'])}"
+        return f"{key} ({where}) is not a key; {_nearest(path, section, model)}"
+    value = context["tag"] if kind == "union_tag_invalid" else error["input"]
+    return f"{key} ({where}) must be {_expected(kind, context, error['msg'])}, not {show(value)}"
 
 
 def _expected(kind: str, context: dict[str, Any], message: str) -> str:
     bounds = {"greater_than": "above {gt:g}", "greater_than_equal": "at least {ge:g}", "less_than": "below {lt:g}"}
     bounds |= {"less_than_equal": "at most {le:g}", "literal_error": "one of {expected}"}
+    bounds |= {"union_tag_invalid": "one of {expected_tags}"}
     if kind in bounds:
         return bounds[kind].format(**context)
     if kind == "string_pattern_mismatch":
         return "letters, digits, dots, dashes and underscores, beginning with a letter or digit"
     words = {"int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false"}
-    words |= {"string": "text (in quotes, if it looks like a number)", "tuple": "a list", "model": "a section of keys"}
+    words |= {"string": "text (in quotes, if it looks like a number)", "tuple": "a list"}
+    words |= {"model": "a section of keys", "dict": "a section of keys"}
     return words.get(kind.split("_")[0], message.removeprefix("Input should be "))
 
 
-def _nearest(path: Key, model: type[BaseModel]) -> str:
+def _nearest(path: Key, section: type[BaseModel], model: type[BaseModel]) -> str:
     """What an unknown key was probably meant to be: a sibling, else a key of that name elsewhere, else the choices."""
-    section = model
-    for part in path[:-1]:
-        section = _section_of(section.model_fields[str(part)]) or section
     name, prefix = str(path[-1]), "".join(f"{part}." for part in path[:-1])
     siblings = list(section.model_fields)
     by_leaf = {key.rpartition(".")[2]: key for key, _ in config_keys(model)}
@@ -168,7 +220,8 @@ def _nearest(path: Key, model: type[BaseModel]) -> str:
 
 def places_named(sentence: str, places: Places) -> str:
     """Where the keys that a sentence names stand, as a parenthesis; empty when all are defaults."""
-    keys = [tuple(key.split(".")) for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)*(?= =)", sentence)]
+    named = re.findall(r"[a-z_]+(?:\.(?:[a-z_]+|\d+))*(?= =)", sentence)
+    keys = [tuple(int(part) if part.isdigit() else part for part in key.split(".")) for key in named]
     found = dict.fromkeys(places[key] for key in keys if key in places)
     return f" ({', '.join(found)})" if found else ""
 

@@ -1,6 +1,8 @@
 """Every stage as a person sees it, and the demo: all of them one after the other.
 
 collect ─► judge ─► reward ─► serve ─► ppo ─► evaluate ─► report
+
+The first four make the served reward model: where no scorer is that model, the demo begins with ppo.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from rlhf_ray.pipeline.summary import RunSummary
 from rlhf_ray.report.console import Console
 from rlhf_ray.roles.judge import VaderJudge
 from rlhf_ray.stages import collect, evaluate_run, judge, ppo, report, reward, serve
-from rlhf_ray.stages.prepare import prepare
+from rlhf_ray.stages.prepare import check_scorers, prepare
 from rlhf_ray.stages.serve import ServedReward
 
 STAGES = ("collect", "judge", "reward", "serve", "ppo", "evaluate", "report")
@@ -34,20 +36,23 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
         RlhfRayError: the cause that ended a stage.
     """
     check_inputs(config)
-    console.plan(STAGES)
+    console.plan(STAGES if config.serves_reward else STAGES[STAGES.index("ppo") :])
     began = time.monotonic()
     with PeakMemory() as memory, connected():
         check_resources(worker_needs(config))
-        run_collect(config, console)
-        run_judge(config, console)
-        run_reward(config, console)
-        service = _start_service(config, console)
+        service = None
+        if config.serves_reward:
+            run_collect(config, console)
+            run_judge(config, console)
+            run_reward(config, console)
+            service = _start_service(config, console)
         try:
             if run_ppo(config, console, service=service).status == "interrupted":
                 return read_summary(config.run_dir)
             run_evaluate(config, console, service=service)
         finally:
-            serve.stop_service(service.name)
+            if service is not None:
+                serve.stop_service(service.name)
     summary = write_summary(
         config.run_dir, {"wall_seconds": time.monotonic() - began, "peak_memory_gb": memory.peak_bytes / 1e9}
     )
@@ -56,12 +61,14 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Refuse now what a later stage would refuse after minutes of work: a prompt file, the model, the HTTP port."""
+    """Refuse now what a later stage would refuse after minutes of work: a prompt file, the model, a scorer, a port."""
     VaderJudge()
+    check_scorers(config)
     prepared = prepare(config, config.prompts.path, config.prompts.eval_path)
     prepared.encode(config.prompts.path)
     prepared.encode(config.prompts.eval_path)
-    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:  # there Serve may have the port already
+    on_a_cluster = ray.is_initialized() or "RAY_ADDRESS" in os.environ  # there Serve may have the port already
+    if config.serves_reward and not on_a_cluster:
         serve.free_port(config.serve)
 
 

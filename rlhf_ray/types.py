@@ -82,13 +82,15 @@ class RolloutReceipt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A reward model's verdict on one response."""
+    """A reward model's verdict on one response, or the weighted sum of several scorers'."""
 
     value: float
     """Normalised: (raw − mean) / std over the reference completions stored with the reward model."""
     raw: float
     reward_version: str
-    """Name and content hash of the model that gave it."""
+    """Name and content hash of the model that gave it; of a function its name."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Of a sum: each named scorer's value, before its weight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

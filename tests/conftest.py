@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -111,3 +115,82 @@ def ray_temp_dir() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="r_", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def score_services() -> Iterator[Callable[[], ScoreService]]:
+    """Starts reward services on free loopback ports; they end with the test."""
+    started: list[ScoreService] = []
+
+    def start() -> ScoreService:
+        started.append(ScoreService())
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.stop()
+
+
+class ScoreService:
+    """A reward service that scores a response by its number of tokens, and misbehaves when told to."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.asked: list[dict[str, Any]] = []
+        """The body of every request for a score, and under "key" what it showed as authorisation."""
+        self.asked_at: list[float] = []
+        self.looks = 0
+        """Times that somebody asked whether it is ready."""
+        self.replies: list[Any] = []
+        """What to answer to the next requests instead of a score: a response, or the seconds to say nothing for."""
+        self._port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Listen; after ``stop`` at the same port as before."""
+        import uvicorn
+
+        options: dict[str, Any] = {"log_level": "error", "lifespan": "off", "ws": "none"}
+        self._server = uvicorn.Server(uvicorn.Config(self._app(), host="127.0.0.1", port=self._port, **options))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the service did not start"
+            time.sleep(0.01)
+        self._port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+
+    def _app(self) -> Any:
+        from fastapi import FastAPI, Request, Response
+
+        app = FastAPI()
+
+        # Without type hints: under `from __future__ import annotations` FastAPI would look for them in the module.
+        async def score(request):  # type: ignore[no-untyped-def]
+            body = await request.json()
+            self.asked.append({**body, "key": request.headers.get("authorization")})
+            self.asked_at.append(time.monotonic())
+            reply = self.replies.pop(0) if self.replies else None
+            if isinstance(reply, float):
+                await asyncio.sleep(reply)
+            elif reply is not None:
+                return reply
+            raw = [float(len(item["response_ids"])) for item in body["items"]]
+            return {"scores": [x / 10 for x in raw], "raw_scores": raw, "model": "length@1"}
+
+        async def readyz():  # type: ignore[no-untyped-def]
+            self.looks += 1
+            return Response(status_code=200 if self.ready else 503)
+
+        score.__annotations__["request"] = Request
+        app.post("/v1/score", response_model=None)(score)
+        app.get("/readyz", response_model=None)(readyz)
+        return app

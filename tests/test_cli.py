@@ -307,6 +307,8 @@ def test_config_explains_every_key() -> None:
     assert "learner.betas  (list of 2, default [0.9, 0.95])" in result.output
     assert "learner.value_lr  (number or null, default null)" in result.output
     assert "device  (one of auto, cpu, cuda, default auto)" in result.output
+    assert "scorers  (list, default [{kind: served, name: reward, weight: 1.0}])" in result.output
+    assert "scorers.N.urls  (list, required)" in result.output
 
 
 def test_config_prints_a_recipe_that_loads_again(tmp_path: Path, stand_in: Callable[..., Any]) -> None:

@@ -256,3 +256,93 @@ def test_every_key_says_what_it_does() -> None:
     keys = dict(config_keys(RunConfig))
     assert {"name", "ppo.kl.coef", "serve.port"} <= keys.keys()
     assert [key for key, field in keys.items() if not (field.description or "").rstrip().endswith(".")] == []
+
+
+REMOTE = "- {kind: remote, name: far, urls: ['http://far:1/']}"
+
+
+def test_scorers_are_a_list_whose_entries_have_the_keys_of_their_kind(file: Path, tmp_path: Path) -> None:
+    assert [(s.kind, s.name, s.weight) for s in load(file).scorers] == [("served", "reward", 1.0)]
+    config = load(file, f"scorers:\n{REMOTE}\n- {{kind: function, name: brief, weight: -2, function: 'a.b:c'}}\n")
+    far, brief = config.scorers
+    assert (far.kind, far.urls, far.tries) == ("remote", ("http://far:1",), 8)  # type: ignore[union-attr]
+    assert (brief.kind, brief.weight, brief.function) == ("function", -2.0, "a.b:c")  # type: ignore[union-attr]
+    assert (load(file).serves_reward, config.serves_reward) == (True, False)
+    save_resolved(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ("{kind: remote, name: a}", "scorers.0.urls is missing from run.yaml"),
+        ("{name: a}", "scorers.0.kind is missing from run.yaml"),
+        (
+            "{kind: web, name: a}",
+            "scorers.0.kind (run.yaml:7) must be one of 'served', 'remote', 'function', not \"web\"",
+        ),
+        ("3", "scorers.0 (run.yaml:6) must be a section of keys, not 3"),
+        (
+            "{kind: function, name: a, function: 'm:f', wait: 2}",
+            "scorers.0.wait (run.yaml:7) is not a key; did you mean scorers.0.weight",
+        ),
+        (
+            "{kind: function, name: a b, function: 'm:f'}",
+            "scorers.0.name (run.yaml:7) must be letters, digits, dots, dashes and underscores, beginning with a "
+            'letter or digit, not "a b"',
+        ),
+        (
+            "{kind: served, name: a, weight: 0}",
+            "scorers.0.weight (run.yaml:7) must be a number other than 0, not 0",
+        ),
+        (
+            "{kind: function, name: a, function: m.f}",
+            'scorers.0.function (run.yaml:7) must be a module and a name in it, such as rewards:brevity, not "m.f"',
+        ),
+        (
+            "{kind: remote, name: a, urls: []}",
+            "scorers.0.urls (run.yaml:7) must be a list of one or more, not []",
+        ),
+        (
+            "{kind: remote, name: a, urls: ['https://fine', 'ftp://a']}",
+            "scorers.0.urls.1 (run.yaml:7) must be a URL such as http://host:8000, without a user name, password or "
+            'query, not "ftp://a"',
+        ),
+    ],
+)
+def test_a_scorer_that_cannot_be_is_refused(file: Path, entry: str, sentence: str) -> None:
+    assert refusal(file, f"scorers:\n- {entry}\n") == sentence
+
+
+@pytest.mark.parametrize("url", ["far:1", "http://", "http://a:b", "http://[::1", "http://me:pw@far", "http://a?k=1"])
+def test_a_url_of_a_scorer_is_plain(file: Path, url: str) -> None:
+    assert "must be a URL such as" in refusal(file, f"scorers:\n- {{kind: remote, name: a, urls: ['{url}']}}\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("scorers: []", "scorers (run.yaml:6) must be a list of one or more, not []"),
+        (
+            f"scorers:\n{REMOTE}\n- {{kind: served, name: far}}",
+            "scorers.1.name = far is the name of scorers.0 too; choose another (run.yaml:8)",
+        ),
+        (
+            f"scorers:\n- {{kind: served, name: a}}\n{REMOTE}\n- {{kind: served, name: b}}",
+            "scorers.2.kind = served, and so is scorers.0; a run serves one reward model, so name another one by its "
+            "URL, with kind: remote (run.yaml:9)",
+        ),
+    ],
+)
+def test_scorers_that_cannot_be_told_apart_are_refused(file: Path, more: str, sentence: str) -> None:
+    assert refusal(file, more) == sentence
+
+
+def test_the_keys_of_every_kind_of_scorer_are_listed_and_the_common_ones_once() -> None:
+    keys = [key for key, _ in config_keys(RunConfig) if key.startswith("scorers")]
+    assert keys == [
+        "scorers",
+        *(f"scorers.N.{key}" for key in ("kind", "name", "weight")),
+        *(f"scorers.N.{key}" for key in ("kind", "urls", "model", "api_key_env", "timeout_s", "tries")),
+        *(f"scorers.N.{key}" for key in ("kind", "function")),
+    ]

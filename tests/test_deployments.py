@@ -135,8 +135,9 @@ def test_the_command_lists_every_step_of_the_picture() -> None:
 def test_the_configuration_in_the_readme_is_accepted(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
-    for block in blocks:
-        (tmp_path / "run.yaml").write_text(block)
+    whole, *parts = blocks
+    for text in (whole, *(f"{whole}\n{part}" for part in parts)):
+        (tmp_path / "run.yaml").write_text(text)
         config = load_config(tmp_path / "run.yaml")
         assert sum(need.count * need.num_cpus for need in worker_needs(config)) <= 2, "it says two CPU cores"
 

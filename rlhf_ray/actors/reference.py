@@ -12,6 +12,7 @@ import ray
 from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import WorkerDiedError
+from rlhf_ray.pipeline.shared_calls import SharedCalls
 from rlhf_ray.types import Ref, Rollout
 
 if TYPE_CHECKING:
@@ -23,9 +24,8 @@ class ReferenceWorker:
 
     def __init__(self, model_options: Mapping[str, Any]) -> None:
         self._options = dict(model_options)
-        self._waiting: list[tuple[Rollout, asyncio.Future[np.ndarray]]] = []
-        self._drain: asyncio.Task[None] | None = None
         self._model: ReferenceModel | None = None
+        self._calls = SharedCalls(self._forward)
 
     async def ready(self) -> None:
         """Loads the model, once. Not in the constructor: an error there would reach the driver as a mere death."""
@@ -36,27 +36,11 @@ class ReferenceWorker:
 
     async def logprobs(self, rollout: Rollout) -> tuple[bool, np.ndarray]:
         """(True, [T] float32 log-probabilities of the response): the driver opens the first and leaves the second."""
-        future: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
-        self._waiting.append((rollout, future))
-        if self._drain is None or self._drain.done():
-            self._drain = asyncio.create_task(self._forward_all())
-        return True, await future
+        return True, await self._calls(rollout)
 
-    async def _forward_all(self) -> None:
-        """Forward everything that waits, again and again until nothing does."""
+    async def _forward(self, rollouts: Sequence[Rollout]) -> Sequence[np.ndarray]:
         assert self._model is not None, "ready() comes first"
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            try:
-                results = await asyncio.to_thread(self._model.logprobs, [rollout for rollout, _ in batch])
-            except Exception as error:  # noqa: BLE001 (each caller gets the cause)
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-            else:
-                for (_, future), result in zip(batch, results, strict=True):
-                    if not future.done():
-                        future.set_result(result)
+        return await asyncio.to_thread(self._model.logprobs, rollouts)
 
 
 def reference_options(config: RunConfig, model_folder: str) -> dict[str, Any]:

@@ -193,7 +193,8 @@ class Pipeline:
             await self._publish(report.version)
         others = {"slots_in_use": slots_in_use, "generators": self._pool.size()}
         row = self._tally.step(self._step, batch, report, _now(), others | self._sync.collect_metrics())
-        self._on_step(row, report.samples)
+        parts = {e.receipt.prompt_id: {"score_parts": dict(e.score.parts)} for e in batch if e.score.parts}
+        self._on_step(row, [{**sample, **parts.get(sample["prompt_id"], {})} for sample in report.samples])
 
     async def _publish(self, version: int) -> None:
         began = _now()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from rlhf_ray.types import ExperienceRefs, RolloutReceipt, StepReport
+from rlhf_ray.types import ExperienceRefs, RolloutReceipt, Score, StepReport
 
 ROLLOUT_STAGES = ("generate", "score", "reference")
 LEARNER_STAGES = ("wait", "train", "publish", "checkpoint")
@@ -103,6 +103,7 @@ class Tally:
             "samples_per_second": len(batch) / seconds,
             "tokens_per_second": tokens / seconds,
             **self._seconds(receipts),
+            **_part_means([e.score for e in batch]),
             **others,
         }
         if "seconds_sync" in others:
@@ -179,3 +180,8 @@ class Tally:
         self.tokens = self._resumed_tokens = state["tokens"]
         self.score_first = state["score_first"]
         self._skipped = state["skipped"]
+
+
+def _part_means(scores: Sequence[Score]) -> dict[str, float]:
+    """``score_NAME_mean`` of each scorer whose sum the scores are; {} where they come from one."""
+    return {f"score_{name}_mean": fmean(score.parts[name] for score in scores) for name in scores[0].parts}

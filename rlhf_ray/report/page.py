@@ -37,7 +37,7 @@ CHARTS: Mapping[str, tuple[ChartSpec, ...]] = {
     "Is it learning?": (
         ChartSpec(
             title="Score",
-            about="mean of the reward model's normalised score; what PPO raises",
+            about="mean of the reward model's normalised score, or of the scorers' weighted sum; what PPO raises",
             series={"score_mean": "score"},
         ),
         ChartSpec(
@@ -297,7 +297,7 @@ def _comparison(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     base, trained = evaluation.base, evaluation.trained
     return [
         ("Gold score", f"{base.gold:.3f}", f"{trained.gold:.3f}"),
-        ("Reward-model score", f"{base.score:.3f}", f"{trained.score:.3f}"),
+        ("Score, as PPO raises it", f"{base.score:.3f}", f"{trained.score:.3f}"),
         ("KL, nats per response", f"{base.kl:.2f}", f"{trained.kl:.2f}"),
         ("Tokens per response", f"{base.tokens:.1f}", f"{trained.tokens:.1f}"),
         ("Truncated", f"{base.truncated_share:.0%}", f"{trained.truncated_share:.0%}"),

@@ -1,6 +1,6 @@
 """Evaluate: the base policy against the trained one on held-out prompts.
 
-The gold judge, which PPO never saw, decides; the reward model's own score stands beside it. A score that rises while
+The gold judge, which PPO never saw, decides; the score that PPO raised stands beside it. A score that rises while
 gold falls is over-optimisation (Gao et al. 2022), and this is where it shows. Who samples and scores is handed in.
 """
 
@@ -45,7 +45,7 @@ class EvalRow:
     truncated: bool
     gold: float
     score: float
-    """The reward model's normalised score."""
+    """As the loop scores: the reward model's normalised score, or the weighted sum of the scorers."""
     kl: float
     """Sum over the response's tokens of log-probability under its own policy minus the reference's, nats (k1)."""
 

@@ -10,19 +10,19 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.reference import RayReference, reference_options
-from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.actors.scorer import RayScorers
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.roles.judge import VaderJudge
 from rlhf_ray.stages.collect import Progress, sample_responses
 from rlhf_ray.stages.evaluate import Evaluation, evaluate, trained_policy
-from rlhf_ray.stages.ppo import reward_model_folder
-from rlhf_ray.stages.prepare import check_reward_model_reads, prepare
-from rlhf_ray.stages.serve import ServedReward, served_reward
+from rlhf_ray.stages.ppo import reward_handle, reward_model_folder
+from rlhf_ray.stages.prepare import check_reward_model_reads, check_scorers, prepare
+from rlhf_ray.stages.serve import ServedReward
 from rlhf_ray.types import Rollout, Score
 
 CONCURRENT_SCORES = 256
-"""Responses sent to the reward service at once: well below what it queues."""
+"""Responses sent to the scorers at once: well below what the reward service queues."""
 
 EVAL_SEED_OFFSET = 1_000_003
 """Added to the run's seed, so that held-out responses do not share sampling seeds with training."""
@@ -34,18 +34,20 @@ def run_evaluate(
     """Compare ``runs/NAME/policy`` with the base model on ``prompts.eval_path``.
 
     Args:
-        service: a reward model that is already served; by default one is served for this alone.
+        service: a reward model that is already served; by default one is served for this alone, if a scorer needs it.
 
     Raises:
         InputError: no trained policy, no reward model, or prompts that cannot be used.
     """
     trained_policy(config)
-    reward_folder = reward_model_folder(config)
+    check_scorers(config)
+    reward_folder = reward_model_folder(config) if config.serves_reward else None
     gold = VaderJudge().score
     prepared = prepare(config, config.prompts.eval_path)
     config = prepared.config
     encoded = prepared.encode(config.prompts.eval_path)[: config.evaluate.max_prompts]
-    check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
+    if reward_folder is not None:
+        check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     save_resolved(config, config.run_dir / RESOLVED_FILE)
 
     def sample(model: str) -> list[Rollout]:
@@ -56,24 +58,28 @@ def run_evaluate(
     with connected():
         check_resources([need for need in worker_needs(config) if need.section != "learner"])
         reference = RayReference.start(config, reference_options(config, prepared.model_folder))
-        with contextlib.closing(reference), served_reward(config, reward_folder, service) as served:
+        with (
+            contextlib.closing(reference),
+            reward_handle(config, reward_folder, service) as handle,
+            contextlib.closing(RayScorers.start(config, handle)) as scorers,
+        ):
             evaluation = evaluate(
                 config,
                 sample=sample,
                 gold=gold,
-                score=lambda rollouts: asyncio.run(_scores(served, rollouts)),
+                score=lambda rollouts: asyncio.run(_scores(scorers, rollouts)),
                 reference_logprobs=lambda rollouts: asyncio.run(_logprobs(reference, rollouts)),
             )
     return evaluation
 
 
-async def _scores(served: ServedReward, rollouts: Sequence[Rollout]) -> list[Score]:
-    scorer = ServedScorer(served.handle)
+async def _scores(scorers: RayScorers, rollouts: Sequence[Rollout]) -> list[Score]:
+    await wait_ready(scorers.ready_refs())
     places = asyncio.Semaphore(CONCURRENT_SCORES)
 
     async def score(rollout: Rollout) -> Score:
         async with places:
-            return await scorer.score(ray.put(rollout))
+            return await scorers.score(ray.put(rollout))
 
     return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
 

@@ -1,6 +1,6 @@
 """The asynchronous PPO loop put together on a Ray cluster: who is started, with what, and what is left on disk.
 
-prepare ─► check resources ─► reward model served; learner, references, generators up ─► Pipeline.run ─► export
+prepare ─► check resources ─► reward model served; learner, references, scorers, generators up ─► Pipeline.run ─► export
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_ray import checkpoint
 from rlhf_ray.actors.generator import RayGenerator, engine_options
 from rlhf_ray.actors.learner import RayLearner
 from rlhf_ray.actors.reference import RayReference, reference_options
-from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.actors.scorer import RayScorers
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
@@ -29,7 +29,13 @@ from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.summary import RunSummary
-from rlhf_ray.stages.prepare import Prepared, check_reward_model_reads, check_reward_quality, prepare
+from rlhf_ray.stages.prepare import (
+    Prepared,
+    check_reward_model_reads,
+    check_reward_quality,
+    check_scorers,
+    prepare,
+)
 from rlhf_ray.stages.serve import ServedReward, served_reward
 
 log = logging.getLogger("rlhf_ray.ppo")
@@ -43,30 +49,34 @@ PARITY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 def run_ppo(
     config: RunConfig, *, resume: bool = False, service: ServedReward | None = None, on_step: OnStep | None = None
 ) -> RunSummary:
-    """Improve the policy against the served reward model; leaves metrics, checkpoints and the policy.
+    """Improve the policy against its scorers; leaves metrics, checkpoints and the policy.
 
     Args:
         resume: go on from the newest whole checkpoint of this run.
-        service: a reward model that is already served; by default this serves ``serve.model`` for the run alone.
+        service: a reward model that is already served; by default this serves ``serve.model`` for the run alone, if one
+            of the scorers is that model.
         on_step: hears of each step's metrics.
 
     Raises:
         InputError: something that cannot work, before anything is started.
         RlhfRayError: the run's cause of death.
     """
-    reward_folder = reward_model_folder(config)
-    check_reward_quality(reward_folder, min_accuracy=config.reward.min_accuracy)
+    check_scorers(config)
+    reward_folder = reward_model_folder(config) if config.serves_reward else None
+    if reward_folder is not None:
+        check_reward_quality(reward_folder, min_accuracy=config.reward.min_accuracy)
     prepared = prepare(config, config.prompts.path)
     config = prepared.config
     encoded = prepared.encode(config.prompts.path)
-    check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
+    if reward_folder is not None:
+        check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     prompts = PromptStream(encoded, seed=config.seed)
     start = _find_start(config, resume)
     with connected():
         check_resources(worker_needs(config))
         save_resolved(config, config.run_dir / RESOLVED_FILE)
-        with _status_kept(config.run_dir), served_reward(config, reward_folder, service) as served:
-            summary = asyncio.run(_run(prepared, prompts, served, start, on_step or (lambda metrics: None)))
+        with _status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
+            summary = asyncio.run(_run(prepared, prompts, handle, start, on_step or (lambda metrics: None)))
             write_summary(config.run_dir, asdict(summary))
     return summary
 
@@ -80,6 +90,16 @@ def _status_kept(run_dir: Path) -> Iterator[None]:
     except Exception as error:
         write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
         raise
+
+
+@contextmanager
+def reward_handle(config: RunConfig, folder: Path | None, service: ServedReward | None) -> Iterator[Any]:
+    """The handle of ``service``, or of the model in ``folder`` served for the block; None where there is no folder."""
+    if folder is None:
+        yield None
+        return
+    with served_reward(config, folder, service) as served:
+        yield served.handle
 
 
 def reward_model_folder(config: RunConfig) -> Path:
@@ -112,6 +132,7 @@ class Workers:
 
     learner: RayLearner
     reference: RayReference
+    scorers: RayScorers
     pool: GeneratorPool
 
 
@@ -139,16 +160,14 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
     return _Start(folder=folder, state=state)
 
 
-async def _run(
-    prepared: Prepared, prompts: PromptStream, served: ServedReward, start: _Start, on_step: OnStep
-) -> RunSummary:
+async def _run(prepared: Prepared, prompts: PromptStream, handle: Any, start: _Start, on_step: OnStep) -> RunSummary:
     async with AsyncExitStack() as stack:
-        workers = await _start_workers(prepared, stack)
-        return await _train(prepared.config, workers, prompts, served, start, on_step)
+        workers = await _start_workers(prepared, handle, stack)
+        return await _train(prepared.config, workers, prompts, start, on_step)
 
 
 async def _train(
-    config: RunConfig, workers: Workers, prompts: PromptStream, served: ServedReward, start: _Start, on_step: OnStep
+    config: RunConfig, workers: Workers, prompts: PromptStream, start: _Start, on_step: OnStep
 ) -> RunSummary:
     learner = workers.learner
     if start.folder is not None:
@@ -164,7 +183,7 @@ async def _train(
         pipeline = Pipeline(
             prompts=prompts,
             pool=workers.pool,
-            scorer=ServedScorer(served.handle),
+            scorer=workers.scorers,
             reference=workers.reference,
             learner=learner,
             controller=kl_controller(kl.controller, coef=kl.coef, target=kl.target, horizon=kl.horizon),
@@ -181,8 +200,8 @@ async def _train(
     return summary
 
 
-async def _start_workers(prepared: Prepared, stack: AsyncExitStack) -> Workers:
-    """Start every worker at once; returns when learner and references are up (the pool waits for its own).
+async def _start_workers(prepared: Prepared, handle: Any, stack: AsyncExitStack) -> Workers:
+    """Start every worker at once; returns when all but the generators are up (the pool waits for its own).
 
     Whatever was started is ended with ``stack``, also when another worker fails to start.
     """
@@ -191,6 +210,8 @@ async def _start_workers(prepared: Prepared, stack: AsyncExitStack) -> Workers:
     stack.callback(learner.close)
     reference = RayReference.start(config, reference_options(config, folder))
     stack.callback(reference.close)
+    scorers = RayScorers.start(config, handle)
+    stack.callback(scorers.close)
     options = engine_options(config, folder, context_length=prepared.context_length)
     # The pool names its workers in this order; the first ones load their model while the learner loads its own.
     first = {
@@ -212,7 +233,7 @@ async def _start_workers(prepared: Prepared, stack: AsyncExitStack) -> Workers:
             raise
         return generator
 
-    await wait_ready({"learner": learner.ready_ref(), **reference.ready_refs()})
+    await wait_ready({"learner": learner.ready_ref(), **reference.ready_refs(), **scorers.ready_refs()})
     section = config.generator
     pool = GeneratorPool(
         make,
@@ -221,7 +242,7 @@ async def _start_workers(prepared: Prepared, stack: AsyncExitStack) -> Workers:
         max_restarts=section.max_restarts,
         max_prompt_tries=config.ppo.max_prompt_tries,
     )
-    return Workers(learner, reference, pool)
+    return Workers(learner, reference, scorers, pool)
 
 
 def parity_tolerance(config: RunConfig) -> float:

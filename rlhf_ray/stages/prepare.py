@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.prompts import check_prompts, encode_prompt, read_prompts
-from rlhf_ray.errors import ModelError
+from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.models.loading import context_length, load_tokenizer, resolve_model, resolve_precision
 from rlhf_ray.models.reward import QUALITY_FILE
+from rlhf_ray.roles.function_scorer import load_function
 
 log = logging.getLogger("rlhf_ray.prepare")
 
@@ -139,3 +141,24 @@ def check_reward_quality(folder: Path, *, min_accuracy: float) -> None:
             f"(95 % interval {report['accuracy_low']:.2f} to {report['accuracy_high']:.2f}), and reward.min_accuracy = "
             f"{min_accuracy:g}; train it on more or clearer comparisons, or lower reward.min_accuracy to use it anyway"
         )
+
+
+def check_scorers(config: RunConfig) -> None:
+    """Refuse a scorer whose function or API key is not there.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for place, scorer in enumerate(config.scorers):
+        if scorer.kind == "function":
+            try:
+                load_function(scorer.function, folder=os.getcwd())
+            except ConfigError as error:
+                raise ConfigError(f"scorers.{place}.function = {error}") from error
+        if scorer.kind == "remote" and scorer.api_key_env is not None:
+            key = os.environ.get(scorer.api_key_env, "")
+            if not (key.isascii() and key.isprintable() and key.strip()):  # what a header can carry
+                raise ConfigError(
+                    f"scorers.{place}.api_key_env = {scorer.api_key_env}, and that environment variable holds no API "
+                    "key; set it to one line of ASCII characters before this command"
+                )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.actors.scorer import ServedScorer
@@ -62,6 +62,13 @@ async def test_a_response_without_a_score_is_not_tried_again() -> None:
     with pytest.raises(ScorerError, match="gave nan"):
         await ServedScorer(handle, first_delay=0).score("ref")
     assert len(handle.calls) == 1
+
+
+async def test_a_replicas_own_error_comes_back_without_rays_account_of_it() -> None:
+    wrapped = RayTaskError("score_rollout", "a long traceback", ScorerError("gave nan")).as_instanceof_cause()
+    with pytest.raises(ScorerError) as caught:
+        await ServedScorer(FakeHandle(wrapped)).score("ref")
+    assert (type(caught.value), str(caught.value)) == (ScorerError, "gave nan")
 
 
 async def test_a_score_that_is_no_number_never_reaches_the_loop() -> None:

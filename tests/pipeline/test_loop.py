@@ -17,8 +17,9 @@ from rlhf_ray.algorithms.kl import AdaptiveKL
 from rlhf_ray.errors import NumericalError, ParityError, RlhfRayError, ScorerError, WorkerDiedError
 from rlhf_ray.pipeline import loop
 from rlhf_ray.pipeline.loop import RunSummary
+from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.testing import FakeGenerator, FakeLearner, FakeReference, FakeScorer, simulate, uniform_seconds
-from rlhf_ray.types import StepReport, VersionedWeights
+from rlhf_ray.types import Ref, Score, StepReport, VersionedWeights
 
 SYNCHRONOUS = {"max_staleness": 0}
 
@@ -499,3 +500,28 @@ def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_
     if bound == 0:
         assert run.learner.batches == in_order(steps, batch)
     assert all(g.closed for g in run.generators.values())
+
+
+# Several scorers
+
+
+def test_the_parts_of_a_sum_are_logged_apart_and_one_score_has_none(make_run) -> None:
+    class Ten:
+        async def score(self, rollout: Ref) -> Score:
+            return Score(value=10.0, raw=10.0, reward_version="ten")
+
+    run = make_run(scorer=WeightedScorer({"fake": (1.0, FakeScorer()), "ten": (0.5, Ten())}))
+    run.go()
+    for row in run.rows:
+        assert row["score_ten_mean"] == 10
+        assert row["score_mean"] == pytest.approx(row["score_fake_mean"] + 5)
+    assert run.samples
+    for sample in run.samples:
+        assert sample["score_parts"]["ten"] == 10
+        assert sample["score"] == pytest.approx(sample["score_parts"]["fake"] + 5)
+
+    alone = make_run(scorer=WeightedScorer({"fake": (1.0, FakeScorer())}))
+    alone.go()
+    plain = make_run()
+    plain.go()
+    assert (alone.rows, alone.samples) == (plain.rows, plain.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.actors.generator import RayGenerator
 from rlhf_ray.checkpoint import load_checkpoint
 from rlhf_ray.config import RunConfig, load_config
-from rlhf_ray.errors import ConfigError, ModelError, ResourceError
+from rlhf_ray.errors import ConfigError, ModelError, ResourceError, ScorerError
 from rlhf_ray.metrics import read_lines
 from rlhf_ray.stages.evaluate_run import run_evaluate
 from rlhf_ray.stages.ppo import run_ppo
@@ -183,3 +184,64 @@ def test_a_killed_generator_is_replaced_and_its_prompts_are_issued_again(
     assert (summary.lost, summary.trained_twice) == (0, 0)
     assert list(started) == ["generator-0", "generator-1"]
     assert "replacing it (1 of 3)" in caplog.text
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Scorers that are functions of a module in the current folder, by name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "ppo_rewards", raising=False)
+    (tmp_path / "ppo_rewards.py").write_text(
+        "def brevity(completion_ids, **kwargs):\n"
+        "    return [-len(ids) / 10 for ids in completion_ids]\n"
+        "async def picky(prompts, **kwargs):\n"
+        "    return [None if '7' in prompt else 1.0 for prompt in prompts]\n"
+    )
+    return lambda name, **more: {"kind": "function", "name": name, "function": f"ppo_rewards:{name}", **more}
+
+
+def test_a_weighted_sum_trains_and_each_of_its_scorers_is_logged_apart(
+    cluster: None, make_config: Any, rewards: Any
+) -> None:
+    scorers = [{"kind": "served", "name": "reward"}, rewards("brevity", weight=2)]
+    config = make_config(name="sum", scorers=scorers, generator={"count": 1}, ppo={"steps": 2, "checkpoint_every": 0})
+    summary = run_ppo(config)
+    assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
+    for row in read_lines(config.run_dir / "metrics.jsonl"):
+        assert row["score_brevity_mean"] == pytest.approx(-row["response_length"] / 10)
+        assert row["score_mean"] == pytest.approx(row["score_reward_mean"] + 2 * row["score_brevity_mean"], abs=1e-5)
+    for sample in read_lines(config.run_dir / "samples.jsonl"):
+        parts = sample["score_parts"]
+        assert sample["score"] == pytest.approx(parts["reward"] + 2 * parts["brevity"], abs=1e-5)
+
+
+def test_a_function_alone_needs_no_reward_model_and_is_what_evaluation_shows(
+    cluster: None, make_config: Any, rewards: Any, tmp_path: Path
+) -> None:
+    config = make_config(
+        name="function",
+        scorers=[rewards("brevity")],
+        serve={"model": str(tmp_path / "nowhere")},
+        generator={"count": 1},
+        ppo={"steps": 2, "checkpoint_every": 0},
+    )
+    assert run_ppo(config).status == "finished"
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert [row["score_mean"] for row in rows] == pytest.approx([-row["response_length"] / 10 for row in rows])
+    assert not any(key.startswith("score_brevity") for row in rows for key in row)
+    evaluation = run_evaluate(config)
+    for side in (evaluation.base, evaluation.trained):
+        assert side.score == pytest.approx(-side.tokens / 10)
+
+
+def test_a_scorer_without_a_score_ends_the_run_with_its_name_and_cause(
+    cluster: None, make_config: Any, rewards: Any
+) -> None:
+    scorers = [{"kind": "served", "name": "reward"}, rewards("picky")]
+    config = make_config(name="picky", scorers=scorers, generator={"count": 1}, ppo={"steps": 4, "checkpoint_every": 0})
+    with pytest.raises(ScorerError, match=r"^scorer picky: ppo_rewards:picky gave None for prompt"):
+        run_ppo(config)
+    written = json.loads((config.run_dir / "summary.json").read_text())
+    assert written["status"] == "failed"
+    assert written["cause"].startswith("ScorerError: scorer picky: ppo_rewards:picky gave None")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import DataError, ModelError
-from rlhf_ray.stages.prepare import check_reward_model_reads, prepare
+from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.stages.prepare import check_reward_model_reads, check_scorers, prepare
 
 
 def a_config(model: Path, **sections: object) -> RunConfig:
@@ -61,3 +62,34 @@ def test_every_auto_is_resolved_and_the_output_folder_is_absolute(
     assert config.generator.dtype in ("float32", "bfloat16")
     assert "auto" not in (config.reference.precision, config.serve.precision, config.reward.precision)
     assert config.run_dir == tmp_path / "runs" / "run"
+
+
+SERVED = {"kind": "served", "name": "reward"}
+REMOTE = {"kind": "remote", "name": "far", "urls": ["http://far:1"], "api_key_env": "FAR_KEY"}
+
+
+def test_a_scorer_whose_function_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("def brevity(completions, **kwargs): ...\n")
+    function = {"kind": "function", "name": "brief", "function": "my_rewards:brevity"}
+    check_scorers(a_config(tmp_path, scorers=[SERVED, function]))
+    with pytest.raises(ConfigError, match=r"^scorers\.1\.function = my_rewards:breviti cannot be imported"):
+        check_scorers(a_config(tmp_path, scorers=[SERVED, {**function, "function": "my_rewards:breviti"}]))
+
+
+def test_a_scorer_whose_api_key_is_not_there_is_refused_and_a_bad_key_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FAR_KEY", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"^scorers\.0\.api_key_env = FAR_KEY, and that environment variable holds no"
+    ):
+        check_scorers(a_config(tmp_path, scorers=[REMOTE]))
+    monkeypatch.setenv("FAR_KEY", "s3cret")
+    check_scorers(a_config(tmp_path, scorers=[REMOTE]))
+    for key in ("", " ", "s3cret\n", "s3crét"):
+        monkeypatch.setenv("FAR_KEY", key)
+        with pytest.raises(ConfigError) as refused:
+            check_scorers(a_config(tmp_path, scorers=[REMOTE]))
+        assert "s3cr" not in str(refused.value)
