@@ -53,6 +53,18 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: no marker, or a file that is not the one that was marked.
     """
+    check_complete(folder)
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(folder / TENSORS_FILE) if (folder / TENSORS_FILE).is_file() else {}
+    return tensors, state
+
+
+def check_complete(folder: Path) -> None:
+    """Read every file that the marker names.
+
+    Raises:
+        InputError: no marker, or a file that is not the one that was marked.
+    """
     marker = folder / MARKER
     if not marker.is_file():
         raise InputError(f"the checkpoint {folder} is not complete: it has no file {MARKER}; resume from another one")
@@ -60,9 +72,6 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise InputError(f"{path} is missing or damaged (its SHA-256 differs); resume from an earlier checkpoint")
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / TENSORS_FILE) if (folder / TENSORS_FILE).is_file() else {}
-    return tensors, state
 
 
 def mark_complete(folder: Path) -> None:

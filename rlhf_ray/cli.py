@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "collect": ("completions.jsonl",),
     "judge": ("preferences.jsonl", "preferences.holdout.jsonl"),
-    "reward": ("reward", "reward.rejects.jsonl"),
+    "reward": ("reward", "reward.rejects.jsonl", "reward.checkpoints"),
     "ppo": ("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
 }
 """What a command leaves in the run's folder: its traces, and what --overwrite deletes."""
@@ -121,15 +121,27 @@ def judge(config: ConfigOption, overrides: SetOption = None, overwrite: Overwrit
             run_judge(run, console)
 
 
-@app.command(epilog=_examples("rlhf-ray reward -c run.yaml", "rlhf-ray reward -c run.yaml --set reward.lr=1e-5"))
-def reward(config: ConfigOption, overrides: SetOption = None, overwrite: OverwriteOption = False) -> None:
+@app.command(
+    epilog=_examples(
+        "rlhf-ray reward -c run.yaml",
+        "rlhf-ray reward -c run.yaml --set reward.data=judgements.csv --set reward.lora_rank=16",
+        "rlhf-ray reward -c run.yaml --resume",
+    )
+)
+def reward(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
     """Train the reward model on preferences.jsonl and test it on the held-out pairs: reward/."""
     with _reported():
         run, console = _begin(config, overrides)
-        with _claimed(run, "reward", overwrite=overwrite):
+        _check_either(resume, overwrite)
+        with _claimed(run, "reward", overwrite=overwrite, resume=resume):
             from rlhf_ray.demo import run_reward
 
-            run_reward(run, console)
+            run_reward(run, console, resume=resume)
 
 
 @app.command(epilog=_examples("rlhf-ray serve -c run.yaml", "rlhf-ray serve -c run.yaml --set serve.port=9000"))
@@ -159,8 +171,7 @@ def ppo(
     """Improve the policy against the served reward model, asynchronously: policy/, metrics.jsonl, checkpoints/."""
     with _reported():
         run, console = _begin(config, overrides)
-        if resume and overwrite:
-            raise ConfigError("--resume goes on from what is there and --overwrite deletes it; give one of them")
+        _check_either(resume, overwrite)
         with _claimed(run, "ppo", overwrite=overwrite, resume=resume):
             from rlhf_ray.demo import run_ppo, run_report
 
@@ -245,6 +256,11 @@ def show_config(recipe: RecipeOption = None) -> None:
             typer.echo(f"{typer.style(key, bold=True)}  ({kind}, {default})\n    {field.description}")
 
 
+def _check_either(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("--resume goes on from what is there and --overwrite deletes it; give one of them")
+
+
 def _begin(config: str, overrides: Sequence[str] | None) -> tuple[RunConfig, Console]:
     """Check the configuration first: nothing heavy is imported for a wrong key."""
     run = load_config(config, overrides or ())
@@ -280,7 +296,8 @@ def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool
             ) from error
         used = [name for stage in stages for name in PRODUCTS[stage] if _holds_something(folder / name)]
         if used and not (overwrite or resume):
-            ways = "--resume to go on, " if stages == ("ppo",) else ""
+            resumable = stages in (("ppo",), ("reward",)) and "reward" not in used
+            ways = "--resume to go on, " if resumable else ""
             raise ConfigError(
                 f"{folder} already holds {', '.join(used)} of an earlier run; choose another folder with "
                 f"--set name=..., {ways}or --overwrite to delete {'it' if len(used) == 1 else 'them'}"

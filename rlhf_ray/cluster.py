@@ -133,6 +133,17 @@ def worker_needs(config: RunConfig) -> list[Need]:
     ]
 
 
+def reward_needs(config: RunConfig) -> list[Need]:
+    """What training the reward model reserves."""
+    section = config.reward
+    return [Need(section="reward", count=section.num_workers, num_cpus=section.num_cpus, num_gpus=section.num_gpus)]
+
+
+def worker_env(threads: int) -> dict[str, str]:
+    """Environment of a worker process with so many OMP threads; 0: as many as this machine has cores."""
+    return dict(WORKER_ENV) | {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
+
+
 def start_actor(
     cls: type,
     *args: Any,
@@ -149,11 +160,10 @@ def start_actor(
         threads: OMP threads of the process; 0: as many as this machine has cores, which a role that knows better
             (``set_threads``) replaces by the cores of its own node.
     """
-    env = dict(WORKER_ENV) | {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
     options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
     if concurrency:
         options["max_concurrency"] = concurrency
-    return ray.remote(cls).options(runtime_env={"env_vars": env}, **options).remote(*args, **kwargs)
+    return ray.remote(cls).options(runtime_env={"env_vars": worker_env(threads)}, **options).remote(*args, **kwargs)
 
 
 async def wait_ready(starting: Mapping[str, Awaitable[Any]], *, notice: Callable[[str], None] = log.info) -> None:
@@ -171,7 +181,7 @@ async def wait_ready(starting: Mapping[str, Awaitable[Any]], *, notice: Callable
                 task.result()
             if waiting:
                 names = ", ".join(sorted(tasks[task] for task in waiting))
-                notice(f"waiting for {names} to start ({time.monotonic() - began:.0f} s){_shortage()}")
+                notice(f"waiting for {names} to start ({time.monotonic() - began:.0f} s){shortage()}")
     finally:
         for task in waiting:
             task.cancel()
@@ -184,7 +194,7 @@ async def _answered(name: str, answer: Awaitable[Any]) -> None:
         raise WorkerDiedError(f"{name} ended while starting: {error}") from error
 
 
-def _shortage() -> str:
+def shortage() -> str:
     """What is free, so that a wait for placement explains itself."""
     free = ray.available_resources()
     return f"; free: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"

@@ -245,13 +245,43 @@ class RewardConfig(Section):
     head_lr: float | None = Field(
         None, gt=0, description="Learning rate of the score head, which starts at zero; default: that of the backbone."
     )
-    batch_size: int = Field(8, ge=1, description="Pairs per optimiser step.")
+    batch_size: int = Field(8, ge=1, description="Pairs per optimiser step, over all workers.")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps over which the learning rate rises.")
     freeze_layers: int = Field(
         0, ge=0, description="Lowest transformer layers (and the embeddings, when above 0) left untrained."
     )
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA matrices on every linear layer, trained instead of the layers themselves and merged "
+        "into them at the end; the score head is always trained whole. 0: no LoRA.",
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="What LoRA adds to a layer is scaled by lora_alpha / lora_rank.")
+    early_stop_patience: int = Field(
+        0,
+        ge=0,
+        description="Training ends after this many looks in a row without a lower loss on a tenth of the training "
+        "prompts, which it then leaves out; the weights of the lowest one are kept. 0: off.",
+    )
+    eval_steps: int = Field(50, ge=1, description="Optimiser steps between those looks.")
+    save_steps: int = Field(
+        500, ge=0, description="Optimiser steps between checkpoints, for `rlhf-ray reward --resume`; 0: none."
+    )
     max_length: int = Field(1024, ge=2, description="Longest prompt and response together, tokens.")
     precision: Precision = Field("auto", description="Autocast; auto: bfloat16 where the hardware has it.")
+    num_workers: int = Field(1, ge=1, description="Workers that share each batch; must divide batch_size.")
+    num_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for each.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
+    threads: int = Field(0, ge=0, description="CPU threads of one worker; 0: the cores of its node, shared evenly.")
+
+    @model_validator(mode="after")
+    def _workers_divide(self) -> RewardConfig:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"reward.num_workers = {self.num_workers} does not divide reward.batch_size = {self.batch_size}; "
+                f"choose num_workers from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
+            )
+        return self
 
 
 class ServeConfig(Section):
@@ -461,7 +491,8 @@ def save_resolved(config: RunConfig, path: Path) -> None:
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
-    kl, gpus = config.ppo.kl, {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve")}
+    kl = config.ppo.kl
+    gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
     if (kl.loss == "none") != (kl.loss_coef == 0):
         yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
     if kl.controller == "adaptive" and kl.coef == 0:

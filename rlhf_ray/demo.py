@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.cluster import PeakMemory, check_resources, connected, worker_needs
+from rlhf_ray.cluster import PeakMemory, check_resources, connected, reward_needs, worker_needs
 from rlhf_ray.config import RunConfig
 from rlhf_ray.metrics import read_summary, write_summary
 from rlhf_ray.pipeline.summary import RunSummary
@@ -39,6 +39,7 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
     console.plan(STAGES if config.serves_reward else STAGES[STAGES.index("ppo") :])
     began = time.monotonic()
     with PeakMemory() as memory, connected():
+        check_resources(reward_needs(config))
         check_resources(worker_needs(config))
         service = None
         if config.serves_reward:
@@ -87,11 +88,13 @@ def run_judge(config: RunConfig, console: Console) -> None:
         stage.outcome = f"{judged.train_pairs} pairs to train on, {judged.holdout_pairs} held out"
 
 
-def run_reward(config: RunConfig, console: Console) -> None:
+def run_reward(config: RunConfig, console: Console, *, resume: bool = False) -> None:
     """Train the reward model."""
     with console.stage("reward", "training the reward model on the preferences") as stage:
         with console.progress("optimiser steps") as progress:
-            done = reward.train_reward(config, lambda seen: progress(int(seen["step"]), int(seen["steps"])))
+            done = reward.train_reward(
+                config, lambda seen: progress(int(seen["step"]), int(seen["steps"])), resume=resume
+            )
         interval = f"{done.accuracy_low:.2f} to {done.accuracy_high:.2f}"
         stage.outcome = f"accuracy {done.accuracy:.2f} ({interval}) on {done.pairs} held-out pairs"
 

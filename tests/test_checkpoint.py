@@ -10,6 +10,7 @@ import torch
 from rlhf_ray.checkpoint import (
     MARKER,
     TENSORS_FILE,
+    check_complete,
     latest_checkpoint,
     load_checkpoint,
     mark_complete,
@@ -56,6 +57,18 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"tensors\.safetensors is missing or damaged"):
         load_checkpoint(tmp_path / "c")
+
+
+def test_a_folder_that_others_wrote_is_checked_without_being_loaded(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "weights.safetensors").write_bytes(b"weights")
+    with pytest.raises(InputError, match="not complete"):
+        check_complete(tmp_path / "c")
+    mark_complete(tmp_path / "c")
+    check_complete(tmp_path / "c")
+    (tmp_path / "c" / "weights.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"weights\.safetensors is missing or damaged"):
+        check_complete(tmp_path / "c")
 
 
 def test_saving_again_replaces_the_whole(tmp_path: Path) -> None:

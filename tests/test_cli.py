@@ -245,8 +245,22 @@ def test_a_tilde_in_output_dir_is_the_home_folder(
     assert not (tmp_path / "~").exists()
 
 
-def test_resume_and_overwrite_together_make_no_sense(config_file: Path) -> None:
-    result = run("ppo", "-c", config_file, "--resume", "--overwrite")
+def test_a_reward_model_s_training_is_resumed_in_a_folder_with_its_checkpoints(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path
+) -> None:
+    calls = stand_in("rlhf_ray.demo", "run_reward")
+    (run_dir / "reward.checkpoints" / "step-000500").mkdir(parents=True)
+    refused = run("reward", "-c", config_file)
+    assert refused.exit_code == 2
+    assert "already holds reward.checkpoints of an earlier run" in refused.stderr
+    assert "--resume to go on, or --overwrite to delete it" in refused.stderr
+    assert run("reward", "-c", config_file, "--resume").exit_code == 0
+    assert [call["resume"] for call in calls] == [True]
+
+
+@pytest.mark.parametrize("command", ["ppo", "reward"])
+def test_resume_and_overwrite_together_make_no_sense(config_file: Path, command: str) -> None:
+    result = run(command, "-c", config_file, "--resume", "--overwrite")
     assert result.exit_code == 2
     assert "give one of them" in result.stderr
 

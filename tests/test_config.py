@@ -214,6 +214,11 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "and EOS together; raise it to 577 or more (run.yaml:6)",
         ),
         (
+            "reward:\n  batch_size: 12\n  num_workers: 5",
+            "reward.num_workers = 5 does not divide reward.batch_size = 12; choose num_workers from "
+            "[1, 2, 3, 4, 6, 12] (run.yaml:8, run.yaml:7)",
+        ),
+        (
             "learner: {betas: [0.9, 1.0]}",
             "learner.betas = [0.9, 1.0] must each be at least 0 and below 1 (run.yaml:6)",
         ),

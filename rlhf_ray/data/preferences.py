@@ -64,6 +64,20 @@ class Preference:
         return self.candidate2 if self.human_preference >= 0.5 else self.candidate1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPair:
+    """A comparison as token ids: prompt, response and EOS together."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    probability: float = 1.0
+    """P(the chosen one is preferred), 0.5 (a tie) to 1."""
+    weight: float = 1.0
+    """How much it counts, relative to the others."""
+    margin: float = 0.0
+    """By how much the chosen one is better, in units of the raw score."""
+
+
 def as_dialogue(turns: Sequence[Turn]) -> str:
     """Messages as one text in the form of hh-rlhf, up to where the assistant begins to speak."""
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}

@@ -93,7 +93,7 @@ def _resolve_precisions(config: RunConfig) -> RunConfig:
             ("reference", config.reference, "precision", config.reference.num_gpus),
             ("learner", config.learner, "precision", config.learner.num_gpus),
             ("serve", config.serve, "precision", config.serve.num_gpus),
-            ("reward", config.reward, "precision", config.learner.num_gpus),
+            ("reward", config.reward, "precision", config.reward.num_gpus),
         )
     }
     return config.model_copy(update=updates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -9,25 +10,43 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from rlhf_ray.actors.reward_trainer import RewardJob, train_on_ray
+from rlhf_ray.checkpoint import check_complete, latest_checkpoint
+from rlhf_ray.cluster import check_resources, connected, reward_needs
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
+from rlhf_ray.data.preferences import TokenPair
 from rlhf_ray.errors import ConfigError, NumericalError
 from rlhf_ray.metrics import write_summary
-from rlhf_ray.models.loading import quiet, resolve_device, resolve_precision, return_freed_memory
 from rlhf_ray.models.reward import QUALITY_FILE, ScoreNormalisation, model_version
-from rlhf_ray.roles.reward_trainer import Progress, TokenPair, fit_reward_model, new_reward_model
-from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
-from rlhf_ray.stages.prepare import Prepared, prepare
-from rlhf_ray.stages.reward_data import Comparison, load_comparisons
+from rlhf_ray.report.model_card import write_model_card
+from rlhf_ray.roles.reward_checkpoints import IDENTITY_FILE
+from rlhf_ray.roles.scorer import RewardSettings
+from rlhf_ray.stages.prepare import prepare
+from rlhf_ray.stages.reward_data import Comparison, hold_out, load_comparisons
 from rlhf_ray.stages.reward_quality import Quality, ScoredPair, quality
 
 log = logging.getLogger("rlhf_ray.reward")
 
 NORMALISATION_SAMPLE = 256
 """Most candidates that the score normalisation is fitted on: the mean is then known to 0.06 standard deviations."""
+
+VALIDATION_SHARE = 0.1
+"""Of the training prompts, held back where ``reward.early_stop_patience`` asks for it."""
+
+CHECKPOINTS = "reward.checkpoints"
+
+_MAY_CHANGE = {"data", "holdout", "on_bad_row", "min_accuracy", "max_length", "save_steps"} | {
+    "num_workers",
+    "num_cpus",
+    "num_gpus",
+    "threads",
+}
+"""Of section reward: what a resumed run may have otherwise. The pairs themselves are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +69,10 @@ class RewardReport:
     train_pairs: int
     train_loss: float
     """Mean over the training run, nats a pair."""
+    train_steps: int
+    """Optimiser steps."""
+    validation_loss: float | None
+    """On pairs that decided when to end; None where nothing did."""
     score_mean: float
     score_std: float
     """Of raw scores, over candidates of training prompts: the stored normalisation."""
@@ -61,32 +84,58 @@ class RewardReport:
     folder: str
 
 
-def train_reward(config: RunConfig, on_progress: Progress | None = None) -> RewardReport:
+def train_reward(
+    config: RunConfig, on_progress: Callable[[Mapping[str, float]], None] | None = None, *, resume: bool = False
+) -> RewardReport:
     """Train on ``reward.data`` or the run's own preferences, test on held-out prompts, save to the ``reward`` folder.
 
+    Args:
+        on_progress: hears the role's ``Progress``, from another thread.
+        resume: go on from the newest whole checkpoint of this run.
+
     Raises:
-        ConfigError: the folder is in use, or ``reward.freeze_layers`` is more than the model has.
+        ConfigError: the folder is in use, there is nothing to resume, or ``reward.freeze_layers`` is more than the
+            model has.
         DataError: a preference file is missing, has a bad line, or a pair that is too long.
         ModelError: the model cannot be loaded.
         NumericalError: the loss or a score is no longer a number.
+        ResourceError: the cluster can never hold the workers.
     """
     began = time.monotonic()
     folder = config.run_dir / "reward"
     if folder.exists():
         raise ConfigError(f"{folder} already holds a reward model; remove it, or choose another name or output_dir")
     prepared = prepare(config)
-    config, tokenizer = prepared.config, prepared.tokenizer
-    train, holdout = load_comparisons(config, tokenizer)
+    config = prepared.config
+    comparisons, holdout = load_comparisons(config, prepared.tokenizer)
+    train, validation = comparisons, list[Comparison]()
+    if config.reward.early_stop_patience:
+        train, validation = hold_out(comparisons, VALIDATION_SHARE, seed=config.seed)
     pairs = [comparison.tokens for comparison in train]
+    checkpoints, identity = config.run_dir / CHECKPOINTS, _identity(config, pairs)
+    _check_start(checkpoints, identity, resume=resume)
     save_resolved(config, config.run_dir / RESOLVED_FILE)
     temporary = Path(tempfile.mkdtemp(prefix=".reward-", dir=config.run_dir)) / folder.name  # the version has this name
     try:
         temporary.mkdir()
-        train_loss, train_seconds = _train_and_save(prepared, pairs, temporary, on_progress)
-        scorer = _scorer(config, temporary)
-        normalisation = _fit_normalisation(scorer, pairs, seed=config.seed)
+        job = RewardJob(
+            config=config,
+            model_folder=prepared.model_folder,
+            train=pairs,
+            validation=[comparison.tokens for comparison in validation],
+            score=[_sample(pairs, seed=config.seed), *_both_orders(holdout)],
+            folder=temporary,
+            checkpoints=checkpoints,
+            identity=identity,
+        )
+        with connected():
+            check_resources(reward_needs(config))
+            log.info("training the reward model on %d pairs (%s)", len(pairs), config.reward.precision)
+            trained = train_on_ray(job, on_progress)
+        normalisation = _normalisation(trained.scores[0])
         normalisation.save(temporary)
-        scored, order_agreement = _score_holdout(scorer, holdout)
+        RewardSettings(prompt_format=config.prompts.format).save(temporary)
+        scored, order_agreement = _scored(holdout, *trained.scores[1:])
         found = quality(scored)
         report = RewardReport(
             accuracy=found.accuracy.value,
@@ -97,19 +146,23 @@ def train_reward(config: RunConfig, on_progress: Progress | None = None) -> Rewa
             quality=found,
             order_agreement=order_agreement,
             train_pairs=len(train),
-            train_loss=train_loss,
+            train_loss=trained.loss,
+            train_steps=trained.steps,
+            validation_loss=trained.validation_loss,
             score_mean=normalisation.mean,
             score_std=normalisation.std,
             seconds=time.monotonic() - began,
-            pairs_per_second=len(train) * config.reward.epochs / train_seconds,
+            pairs_per_second=trained.pairs_per_second,
             annotators=tuple(sorted({c.preference.annotator for c in train if c.preference.annotator})),
             version=model_version(temporary),
             folder=str(folder),
         )
         (temporary / QUALITY_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        write_model_card(temporary, config, asdict(report))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     write_summary(
         config.run_dir,
         {
@@ -126,86 +179,82 @@ def train_reward(config: RunConfig, on_progress: Progress | None = None) -> Rewa
     return report
 
 
-def _train_and_save(
-    prepared: Prepared, pairs: Sequence[TokenPair], folder: Path, on_progress: Progress | None
-) -> tuple[float, float]:
-    """Mean loss and seconds of training; the model, its tokenizer and its settings are then in ``folder``."""
-    config, tokenizer = prepared.config, prepared.tokenizer
-    model = new_reward_model(
-        Path(prepared.model_folder),
-        tokenizer,
-        freeze_layers=config.reward.freeze_layers,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    device = resolve_device(config.device, config.learner.num_gpus)
-    log.info("training the reward model on %d pairs (%s, %s)", len(pairs), device.type, config.reward.precision)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rlhf_ray_") as scratch:
-        loss = fit_reward_model(
-            model,
-            tokenizer,
-            pairs,
-            config.reward,
-            seed=config.seed,
-            device=device,
-            dtype=resolve_precision(config.reward.precision, device),
-            scratch=Path(scratch),
-            on_progress=on_progress,
+def _identity(config: RunConfig, pairs: Sequence[TokenPair]) -> dict[str, Any]:
+    """What a resumed training must share with the one it goes on from."""
+    section = config.reward.model_dump(mode="json", exclude=_MAY_CHANGE)
+    digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+    return {
+        "seed": config.seed,
+        "model.path": config.model.path,
+        **{f"reward.{key}": value for key, value in section.items()},
+        "training pairs": digest[:12],
+    }
+
+
+def _check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    """Checkpoints are there if, and only if, they are to be resumed from, and they are of this very training.
+
+    Raises:
+        InputError: which it is not.
+    """
+    newest = latest_checkpoint(checkpoints)
+    if not resume:
+        if newest is not None:
+            raise ConfigError(
+                f"{checkpoints} holds checkpoints of an earlier training; resume it, choose another name, or remove "
+                "that folder"
+            )
+        return
+    if newest is None:
+        raise ConfigError(
+            f"--resume: there is no whole checkpoint in {checkpoints}; run without --resume to start afresh"
         )
-    seconds = time.monotonic() - began
-    with quiet():
-        model.cpu().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    RewardSettings(prompt_format=config.prompts.format).save(folder)
-    ScoreNormalisation(mean=0.0, std=1.0).save(folder)
-    del model
-    return_freed_memory()  # the trainer's reference cycles held gradients and optimiser state
-    return loss, seconds
+    check_complete(newest)
+    then = json.loads((newest / IDENTITY_FILE).read_text(encoding="utf-8"))
+    if changed := [key for key, value in identity.items() if then.get(key) != value]:
+        was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
+        raise ConfigError(f"--resume: {newest} was written with {was}; give the same, or start afresh with --overwrite")
 
 
-def _scorer(config: RunConfig, folder: Path) -> RewardScorer:
-    """What is tested is what will be served: the saved folder, through the class that serves it."""
-    return RewardScorer(
-        folder,
-        device=config.device,
-        num_gpus=config.learner.num_gpus,
-        precision=config.reward.precision,
-        max_batch_size=config.serve.max_batch_size,
-    )
-
-
-def _fit_normalisation(scorer: RewardScorer, pairs: Sequence[TokenPair], *, seed: int) -> ScoreNormalisation:
-    """Mean and standard deviation of raw scores over the reference completions that were compared."""
+def _sample(pairs: Sequence[TokenPair], *, seed: int) -> list[list[int]]:
+    """The reference completions that the normalisation is fitted on: some of those that were compared."""
     candidates = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    sample = random.Random(seed).sample(candidates, min(len(candidates), NORMALISATION_SAMPLE))
-    raw = [score.raw for score in scorer.score_ids(sample)]
+    return random.Random(seed).sample(candidates, min(len(candidates), NORMALISATION_SAMPLE))
+
+
+def _normalisation(raw: Sequence[float]) -> ScoreNormalisation:
     std = statistics.pstdev(raw)
     if std == 0:
         raise NumericalError("the reward model gives every candidate the same score; raise reward.lr or reward.epochs")
     return ScoreNormalisation(mean=statistics.fmean(raw), std=std)
 
 
-def _score_holdout(scorer: RewardScorer, holdout: Sequence[Comparison]) -> tuple[list[ScoredPair], float]:
+def _both_orders(holdout: Sequence[Comparison]) -> tuple[list[list[int]], list[list[int]]]:
+    """The candidates of every held-out pair, the preferred one first, and the other way round."""
+    pairs = [comparison.tokens for comparison in holdout]
+    in_order = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return in_order, [ids for pair in pairs for ids in (pair.rejected_ids, pair.chosen_ids)]
+
+
+def _scored(
+    holdout: Sequence[Comparison], in_order: Sequence[float], swapped: Sequence[float]
+) -> tuple[list[ScoredPair], float]:
     """Every held-out pair with its scores, and the share of them with the same verdict in the other order."""
-    in_order, swapped = (
-        scorer.score_ids([ids for c in holdout for ids in pair(c.tokens)])
-        for pair in (lambda t: (t.chosen_ids, t.rejected_ids), lambda t: (t.rejected_ids, t.chosen_ids))
-    )
     scored = []
     for comparison, chosen, rejected in zip(holdout, in_order[::2], in_order[1::2], strict=True):
         tokens = comparison.tokens
         prompt = _shared_length(tokens.chosen_ids, tokens.rejected_ids)
         scored.append(
             ScoredPair(
-                chosen=chosen.raw,
-                rejected=rejected.raw,
+                chosen=chosen,
+                rejected=rejected,
                 probability=tokens.probability,
                 chosen_tokens=len(tokens.chosen_ids) - prompt,
                 rejected_tokens=len(tokens.rejected_ids) - prompt,
                 source=comparison.preference.source,
             )
         )
-    again = [chosen.raw - rejected.raw for rejected, chosen in zip(swapped[::2], swapped[1::2], strict=True)]
+    again = [chosen - rejected for rejected, chosen in zip(swapped[::2], swapped[1::2], strict=True)]
     same = [(pair.margin > 0) == (margin > 0) for pair, margin in zip(scored, again, strict=True)]
     return scored, sum(same) / len(same)
 

@@ -13,9 +13,8 @@ from typing import Any
 
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.preference_files import load_preferences, read_preferences, write_rejects
-from rlhf_ray.data.preferences import Preference, split_by_prompt
+from rlhf_ray.data.preferences import Preference, TokenPair, split_by_prompt
 from rlhf_ray.errors import DataError
-from rlhf_ray.roles.reward_trainer import TokenPair
 from rlhf_ray.roles.scorer import text_input
 from rlhf_ray.stages.data_check import bad_rows
 
@@ -47,6 +46,20 @@ def load_comparisons(config: RunConfig, tokenizer: Any) -> tuple[list[Comparison
     if all(preference.human_preference == 0.5 for preference in holdout):
         raise DataError(f"every held-out comparison of {places[1]} is a tie: there is nothing to be accurate about")
     return _encoded(train, tokenizer, config, places[0]), _encoded(holdout, tokenizer, config, places[1])
+
+
+def hold_out(
+    comparisons: Sequence[Comparison], share: float, *, seed: int
+) -> tuple[list[Comparison], list[Comparison]]:
+    """(kept, held out): all comparisons of one prompt stand on one side.
+
+    Raises:
+        DataError: there are fewer than two prompts.
+    """
+    _, held = split_by_prompt([comparison.preference for comparison in comparisons], share, seed=seed)
+    prompts = {preference.input_text for preference in held}
+    kept = [comparison for comparison in comparisons if comparison.preference.input_text not in prompts]
+    return kept, [comparison for comparison in comparisons if comparison.preference.input_text in prompts]
 
 
 def _from_file(config: RunConfig, path: str) -> tuple[list[Preference], list[Preference]]:

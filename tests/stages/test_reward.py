@@ -5,27 +5,39 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import random
-from dataclasses import replace
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 import torch
+import yaml
 
-from rlhf_ray.config import RewardConfig, RunConfig
+from rlhf_ray.checkpoint import mark_complete
+from rlhf_ray.config import RunConfig
 from rlhf_ray.data.preferences import Preference, write_preferences
-from rlhf_ray.errors import ConfigError, DataError, ModelError
+from rlhf_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward import load_reward_model
-from rlhf_ray.roles.reward_trainer import TokenPair, fit_reward_model, new_reward_model
 from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.stages.prepare import check_reward_quality
 from rlhf_ray.stages.reward import RewardReport, train_reward
 from rlhf_ray.stages.reward_data import load_comparisons
 from rlhf_ray.types import Turn
 
-CPU = torch.device("cpu")
+
+@pytest.fixture(scope="module")
+def cluster(ray_temp_dir: Path) -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+    yield
+    ray.shutdown()
 
 
 def pairs_with_a_rule(n: int, *, seed: int) -> list[Preference]:
@@ -64,13 +76,14 @@ def a_run(output_dir: Path, model: Path, **reward: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+    cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
 ) -> tuple[RunConfig, RewardReport, list[Any]]:
     config = a_run(tmp_path_factory.mktemp("runs"), tiny_model_dir)
     progress: list[Any] = []
     return config, train_reward(config, progress.append), progress
 
 
+@pytest.mark.ray
 def test_an_obvious_rule_is_learnt_and_generalises(trained: Any) -> None:
     _, report, _ = trained
     assert report.accuracy >= 0.9
@@ -79,6 +92,7 @@ def test_an_obvious_rule_is_learnt_and_generalises(trained: Any) -> None:
     assert (report.pairs, report.train_pairs, report.annotators) == (30, 40, ("simulated:rule",))
 
 
+@pytest.mark.ray
 def test_the_report_is_written_beside_the_model_and_nothing_else_is_left(trained: Any) -> None:
     config, report, _ = trained
     written = json.loads((config.run_dir / "reward" / "reward_report.json").read_text())
@@ -90,6 +104,7 @@ def test_the_report_is_written_beside_the_model_and_nothing_else_is_left(trained
     assert left == {*inputs, "config.resolved.yaml", "reward", "summary.json"}
 
 
+@pytest.mark.ray
 def test_normalised_scores_of_the_compared_candidates_have_mean_0_and_deviation_1(trained: Any) -> None:
     config, _, _ = trained
     scorer = RewardScorer(config.run_dir / "reward", precision="float32")
@@ -100,6 +115,7 @@ def test_normalised_scores_of_the_compared_candidates_have_mean_0_and_deviation_
     assert values.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.ray
 def test_progress_is_told_as_numbers_that_end_at_the_last_step(trained: Any) -> None:
     _, _, progress = trained
     assert [row["step"] for row in progress] == list(range(1, 21))
@@ -110,84 +126,8 @@ def test_progress_is_told_as_numbers_that_end_at_the_last_step(trained: Any) -> 
     assert all(row["pairs_per_second"] > 0 for row in progress)
 
 
-def test_what_was_trained_in_memory_scores_the_same_once_saved_and_loaded(tmp_path: Path, tiny_model_dir: Path) -> None:
-    config = a_run(tmp_path, tiny_model_dir, epochs=6)
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    model = new_reward_model(tiny_model_dir, tokenizer)
-    pairs = [TokenPair(chosen_ids=[7, 8, 33, 2], rejected_ids=[7, 9, 2])] * 8
-    (tmp_path / "scratch").mkdir()
-    fit_reward_model(
-        model, tokenizer, pairs, config.reward, seed=0, device=CPU, dtype=torch.float32, scratch=tmp_path / "scratch"
-    )
-    model.save_pretrained(tmp_path / "reward")
-    tokenizer.save_pretrained(tmp_path / "reward")
-    sequences = [[7, 8, 33, tokenizer.eos_token_id], [5] * 40 + [tokenizer.eos_token_id], [tokenizer.eos_token_id]]
-    with torch.inference_mode():
-        one_by_one = [model.eval()(input_ids=torch.tensor([ids])).logits.item() for ids in sequences]
-    assert len({round(raw, 3) for raw in one_by_one}) == 3
-    scored = RewardScorer(tmp_path / "reward", precision="float32").score_ids(sequences)
-    assert [score.raw for score in scored] == pytest.approx(one_by_one, abs=1e-5)
-
-
-def test_the_trainer_sees_exactly_the_token_ids_it_is_given(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No second EOS, nothing cut, nothing tokenised again."""
-    config = a_run(tmp_path, tiny_model_dir, epochs=1, batch_size=2)
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    eos = tokenizer.eos_token_id
-    model = new_reward_model(tiny_model_dir, tokenizer)
-    seen: list[list[int]] = []
-    forward = type(model).forward
-
-    def spy(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
-        seen.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
-        assert (input_ids[attention_mask == 0] == tokenizer.pad_token_id).all()
-        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", spy)
-    given = [[9, eos], [9, 9, eos, 10, eos], [11] * 30 + [eos], [12, 13, eos]]
-    pairs = [
-        TokenPair(chosen_ids=given[0], rejected_ids=given[1]),
-        TokenPair(chosen_ids=given[2], rejected_ids=given[3]),
-    ]
-    (tmp_path / "scratch").mkdir()
-    fit_reward_model(
-        model, tokenizer, pairs, config.reward, seed=0, device=CPU, dtype=torch.float32, scratch=tmp_path / "scratch"
-    )
-    assert sorted(seen) == sorted(given)
-
-
-def test_a_new_reward_model_scores_zero_and_pads_with_anything_but_eos(tiny_model_dir: Path) -> None:
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    model = new_reward_model(tiny_model_dir, tokenizer)
-    assert not model.score.weight.any()
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert model.config.pad_token_id == tokenizer.pad_token_id
-
-
-def test_frozen_layers_stay_as_they_were_and_get_no_backward_pass(tmp_path: Path, tiny_model_dir: Path) -> None:
-    config = a_run(tmp_path, tiny_model_dir, epochs=2, batch_size=4)
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    model = new_reward_model(tiny_model_dir, tokenizer, freeze_layers=1)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    reached: list[tuple[bool, bool]] = []
-    model.model.layers[1].register_forward_hook(
-        lambda module, inputs, output: reached.append((inputs[0].requires_grad, output.requires_grad))
-    )
-    pairs = [TokenPair(chosen_ids=[7, 8, 33, 2], rejected_ids=[7, 9, 2])] * 8
-    (tmp_path / "scratch").mkdir()
-    fit_reward_model(
-        model, tokenizer, pairs, config.reward, seed=0, device=CPU, dtype=torch.float32, scratch=tmp_path / "scratch"
-    )
-    assert set(reached) == {(False, True)}
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert {name.split(".")[2] for name in changed if name.startswith("model.layers.")} == {"1"}
-    assert "model.embed_tokens.weight" not in changed
-    assert {"score.weight", "model.norm.weight"} <= changed
-
-
-def test_more_frozen_layers_than_there_are_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.ray
+def test_more_frozen_layers_than_there_are_is_refused(cluster: None, tmp_path: Path, tiny_model_dir: Path) -> None:
     config = a_run(tmp_path, tiny_model_dir, freeze_layers=3)
     with pytest.raises(ConfigError, match=r"reward.freeze_layers = 3 and the model has 2 layers"):
         train_reward(config)
@@ -195,6 +135,7 @@ def test_more_frozen_layers_than_there_are_is_refused(tmp_path: Path, tiny_model
     assert left == {"preferences.jsonl", "preferences.holdout.jsonl", "config.resolved.yaml"}
 
 
+@pytest.mark.ray
 def test_the_saved_folder_is_a_plain_sequence_classifier(trained: Any) -> None:
     config, _, _ = trained
     model, tokenizer, _ = load_reward_model(config.run_dir / "reward")
@@ -236,7 +177,10 @@ def a_csv(path: Path, pairs: list[Preference]) -> None:
             writer.writerow([p.input_text, p.candidate1, p.candidate2, answer, "ab"[i % 2], 1 + i % 3])
 
 
-def test_a_csv_with_ties_and_a_bad_row_becomes_a_reward_model(tmp_path: Path, tiny_model_dir: Path) -> None:
+@pytest.mark.ray
+def test_a_csv_with_ties_and_a_bad_row_becomes_a_reward_model(
+    cluster: None, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     path = tmp_path / "judgements.csv"
     a_csv(path, pairs_with_a_rule(60, seed=1))
     with path.open("a") as file:
@@ -286,40 +230,97 @@ def test_a_dialogue_is_put_to_the_model_turn_by_turn(tmp_path: Path, tiny_model_
     assert (comparison.tokens.probability, comparison.tokens.weight) == (0.75, 2.0)
 
 
-def test_ties_and_weights_reach_the_loss(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Two opposite answers to one pair: the heavier one wins; a tie moves nothing that stands at zero."""
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    section = RewardConfig(epochs=20, lr=1e-3, batch_size=2, precision="float32")
-    first, second = [5, 6, 7, tokenizer.eos_token_id], [8, 9, tokenizer.eos_token_id]
+# ---- Resuming
 
-    def margin(*pairs: TokenPair) -> float:
-        model = new_reward_model(tiny_model_dir, tokenizer)
-        fit_reward_model(
-            model,
-            tokenizer,
-            pairs,
-            section,
-            seed=0,
-            device=CPU,
-            dtype=torch.float32,
-            scratch=tmp_path,
-            on_progress=None,
-        )
-        with torch.inference_mode():
-            scores = [model(input_ids=torch.tensor([ids])).logits.item() for ids in (first, second)]
-        return scores[0] - scores[1]
 
-    light = TokenPair(chosen_ids=first, rejected_ids=second, weight=1.0)
-    heavy = TokenPair(chosen_ids=second, rejected_ids=first, weight=3.0)
-    assert margin(light, heavy) < -0.3
-    assert margin(light, replace(heavy, weight=1 / 3)) > 0.3
-    tie = TokenPair(chosen_ids=first, rejected_ids=second, probability=0.5)
-    assert abs(margin(tie, tie)) < 1e-6
+RESUMABLE = {"save_steps": 20, "epochs": 100, "lr": 1e-4}
+
+
+def with_a_checkpoint(config: RunConfig, identity: dict[str, Any]) -> Path:
+    """A whole checkpoint that says so of itself."""
+    folder = config.run_dir / "reward.checkpoints" / "step-000010"
+    folder.mkdir(parents=True)
+    (folder / "identity.json").write_text(json.dumps(identity))
+    mark_complete(folder)
+    return folder
+
+
+def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir)
+    (config.run_dir / "reward.checkpoints" / "step-000010").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--resume: there is no whole checkpoint in .*reward\.checkpoints"):
+        train_reward(config, resume=True)
+
+
+def test_checkpoints_of_an_earlier_training_are_not_written_over(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir)
+    with_a_checkpoint(config, {})
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier training; resume it"):
+        train_reward(config)
+
+
+def test_resuming_another_training_is_refused_with_what_differs(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir)
+    with_a_checkpoint(config, {"seed": 0, "model.path": str(tiny_model_dir), "reward.lr": 0.5})
+    with pytest.raises(ConfigError, match=r"was written with .*reward\.lr = 0\.5, .*, training pairs = "):
+        train_reward(config, resume=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_newest_checkpoint(
+    tmp_path: Path, tiny_model_dir: Path, ray_temp_dir: Path
+) -> None:
+    config = a_run(tmp_path, tiny_model_dir, **RESUMABLE)
+    written = config.model_dump(mode="json")
+    written["prompts"]["eval_path"] = "unused too"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(written))
+    command = [str(Path(sys.executable).parent / "rlhf-ray"), "reward", "-c", str(tmp_path / "run.yaml")]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["RAY_TMPDIR"] = str(ray_temp_dir)
+    checkpoints = config.run_dir / "reward.checkpoints"
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            seen = []
+            for line in process.stdout:
+                seen.append(line)
+                if "optimiser steps" in line:
+                    break
+            started = psutil.Process(process.pid).children(recursive=True)
+            assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in started), seen
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130, process.stdout.read()
+        finally:
+            process.kill()
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert left == []
+    assert len(list(checkpoints.glob("step-*/COMPLETE"))) == 1
+    assert {path.name for path in config.run_dir.iterdir() if path.name.startswith(".")} == {".lock"}
+
+    refused = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "already holds reward.checkpoints of an earlier run" in refused.stderr
+    assert "--resume to go on" in refused.stderr
+
+    done = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((config.run_dir / "reward" / "reward_report.json").read_text())
+    assert report["train_steps"] == 500
+    assert not checkpoints.exists()
+
+
+@pytest.mark.ray
+def test_more_than_the_cluster_has_is_refused(cluster: None, tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = a_run(tmp_path, tiny_model_dir, num_workers=4)
+    with pytest.raises(ResourceError, match=r"4 CPUs \(reward 4 x 1\) and the cluster has 2; lower reward.num_cpus"):
+        train_reward(config)
 
 
 # ---- The gate
 
 
+@pytest.mark.ray
 def test_a_reward_model_below_the_floor_is_refused_with_the_way_round_it(trained: Any, tmp_path: Path) -> None:
     config, report, _ = trained
     check_reward_quality(config.run_dir / "reward", min_accuracy=report.accuracy)
