@@ -39,7 +39,8 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
     console.plan(STAGES if config.serves_reward else STAGES[STAGES.index("ppo") :])
     began = time.monotonic()
     with PeakMemory() as memory, connected():
-        check_resources(reward_needs(config))
+        if config.serves_reward:
+            check_resources(reward_needs(config))
         check_resources(worker_needs(config))
         service = None
         if config.serves_reward:
