@@ -214,6 +214,19 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "and EOS together; raise it to 577 or more (run.yaml:6)",
         ),
         (
+            "ppo:\n  kl:\n    loss_coef: 0.1",
+            "ppo.kl.loss = none contradicts ppo.kl.loss_coef = 0.1; set both or neither (run.yaml:8)",
+        ),
+        (
+            "ppo: {batch_size: 64, minibatches: 1, kl: {controller: adaptive, horizon: 12}}",
+            "ppo.kl.horizon = 12 is too short for ppo.batch_size = 64: one step could turn the coefficient negative; "
+            "raise it above a fifth of the batch, such as 10000 (run.yaml:6)",
+        ),
+        (
+            "learner: {num_gpus: 1.5}",
+            "learner.num_gpus = 1.5 is no whole number; above 1 Ray gives out whole GPUs only (run.yaml:6)",
+        ),
+        (
             "reward:\n  batch_size: 12\n  num_workers: 5",
             "reward.num_workers = 5 does not divide reward.batch_size = 12; choose num_workers from "
             "[1, 2, 3, 4, 6, 12] (run.yaml:8, run.yaml:7)",

@@ -64,6 +64,13 @@ class GeneratorWorker:
         gap = float(np.abs(mine - np.asarray(probe.logprobs)).max())
         return WeightAck(generator=self._name, version=version, seconds=loaded, parity_max=gap)
 
+    async def load_policy(self, folder: str, version: int) -> None:
+        """Go on with the weights of another model folder of the same architecture."""
+        from rlhf_ray.models.loading import load_policy_model
+
+        weights = load_policy_model(folder).state_dict()
+        await self._call(lambda engine: engine.load_weights(weights, version))
+
     async def close(self) -> None:
         """Stop the engine; rollouts under way are dropped."""
         self._inbox.put(None)
@@ -230,6 +237,10 @@ class RayGenerator:
             self._actor.update_weights.remote(published.version, published.weights, published.probe)
         )
 
+    async def load_policy(self, folder: str, version: int) -> None:
+        """Go on with the weights of another model folder of the same architecture."""
+        await self._alive(self._actor.load_policy.remote(folder, version))
+
     async def close(self) -> None:
         with contextlib.suppress(TimeoutError, WorkerDiedError):  # gone or stuck: ended below either way
             await asyncio.wait_for(self._alive(self._actor.close.remote()), timeout=10)
@@ -243,16 +254,16 @@ class RayGenerator:
 
 
 async def sample(
-    generators: Sequence[RayGenerator], prompts: Sequence[Prompt], done: Callable[[int], None]
+    generators: Sequence[RayGenerator], prompts: Sequence[Prompt], done: Callable[[int, int], None]
 ) -> list[Rollout]:
-    """Sample every prompt once over the generators, in the order of ``prompts``; ``done(n)`` hears of progress."""
+    """Sample every prompt once over the generators, in the order of ``prompts``; ``done(n, of)`` hears of progress."""
     finished = 0
 
     async def one(i: int, prompt: Prompt) -> Rollout:
         nonlocal finished
         _, ref = await generators[i % len(generators)].generate(prompt)
         finished += 1
-        done(finished)
+        done(finished, len(prompts))
         rollout: Rollout = await ref
         return rollout
 

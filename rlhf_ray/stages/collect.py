@@ -40,7 +40,7 @@ def collect(config: RunConfig, progress: Progress | None = None) -> CollectRepor
     encoded = prepared.encode(config.prompts.path)[: config.collect.max_prompts]
     n = config.collect.completions
     save_resolved(config, config.run_dir / RESOLVED_FILE)
-    rollouts = sample_responses(prepared, prepared.model_folder, encoded, n, progress=progress)
+    (rollouts,) = sample_responses(prepared, [prepared.model_folder], encoded, n, progress=progress)
     path = config.run_dir / "completions.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".jsonl.tmp")
@@ -56,14 +56,18 @@ def collect(config: RunConfig, progress: Progress | None = None) -> CollectRepor
 
 def sample_responses(
     prepared: Prepared,
-    model_folder: str,
+    model_folders: Sequence[str],
     encoded: Sequence[tuple[str, tuple[int, ...]]],
     per_prompt: int,
     *,
     seed: int | None = None,
     progress: Progress | None = None,
-) -> list[Rollout]:
-    """``per_prompt`` responses for each prompt under the model in ``model_folder``, grouped by prompt."""
+) -> list[list[Rollout]]:
+    """``per_prompt`` responses for each prompt under each model, grouped by prompt.
+
+    Args:
+        model_folders: of one architecture; the engines start with the first and load the weights of the next in place.
+    """
     config = prepared.config
     seed = config.seed if seed is None else seed
     prompts = [
@@ -72,23 +76,42 @@ def sample_responses(
         for j in range(per_prompt)
     ]
     section = config.generator
-    options = engine_options(config, model_folder, context_length=prepared.context_length)
+    options = engine_options(config, model_folders[0], context_length=prepared.context_length)
     with connected():
         check_resources(
             [Need(section="generator", count=section.count, num_cpus=section.num_cpus, num_gpus=section.num_gpus)]
         )
-        return asyncio.run(_sample(config, options, prompts, progress))
+        return asyncio.run(_sample(config, options, model_folders, prompts, progress))
 
 
 async def _sample(
-    config: RunConfig, options: dict[str, object], prompts: Sequence[Prompt], progress: Progress | None
-) -> list[Rollout]:
+    config: RunConfig,
+    options: dict[str, object],
+    model_folders: Sequence[str],
+    prompts: Sequence[Prompt],
+    progress: Progress | None,
+) -> list[list[Rollout]]:
     # Nothing else computes during this stage: the engines take every core, whatever they leave to others in the loop.
     generators = [
         RayGenerator.start(f"generator-{i}", config, options, threads=0) for i in range(config.generator.count)
     ]
     try:
         await wait_ready({g.name: g.ready() for g in generators})
-        return await sample(generators, prompts, lambda done: progress(done, len(prompts)) if progress else None)
+        rollouts = []
+        for version, folder in enumerate(model_folders):
+            if version > 0:
+                await asyncio.gather(*(g.load_policy(folder, version) for g in generators))
+            rollouts.append(await sample(generators, prompts, _counted(progress, version, len(model_folders))))
+        return rollouts
     finally:
         await asyncio.gather(*(g.close() for g in generators))
+
+
+def _counted(progress: Progress | None, before: int, rounds: int) -> Callable[[int, int], None]:
+    """Progress over all rounds, told of one of them."""
+
+    def tell(done: int, of: int) -> None:
+        if progress is not None:
+            progress(before * of + done, rounds * of)
+
+    return tell

@@ -24,8 +24,8 @@ EVALUATION_FILE = "evaluation.json"
 RESAMPLES = 2000
 """Bootstrap resamples; their spread changes an interval's ends by less than they are printed to."""
 
-Sampler = Callable[[str], Sequence[Rollout]]
-"""Model folder or id → responses to the held-out prompts, ``evaluate.samples_per_prompt`` each."""
+Sampler = Callable[[Sequence[str]], Sequence[Sequence[Rollout]]]
+"""Model folders or ids → of each, its responses to the held-out prompts, ``evaluate.samples_per_prompt`` each."""
 Gold = Callable[[str], float]
 """Response text → the judge's verdict; higher is better."""
 Scores = Callable[[Sequence[Rollout]], Sequence[Score]]
@@ -117,7 +117,7 @@ def evaluate(
     trained = trained_policy(config)
     sides = [
         rows(rollouts, gold=gold, scores=score(rollouts), reference_logprobs=reference_logprobs(rollouts))
-        for rollouts in (sample(config.model.path), sample(str(trained)))
+        for rollouts in sample([config.model.path, str(trained)])
     ]
     evaluation = compare(*sides, seed=config.seed)
     write_json(config.run_dir / EVALUATION_FILE, asdict(evaluation))

@@ -50,10 +50,10 @@ def run_evaluate(
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     save_resolved(config, config.run_dir / RESOLVED_FILE)
 
-    def sample(model: str) -> list[Rollout]:
-        folder = prepared.model_folder if model == config.model.path else model
+    def sample(models: Sequence[str]) -> list[list[Rollout]]:
+        folders = [prepared.model_folder if model == config.model.path else model for model in models]
         n = config.evaluate.samples_per_prompt
-        return sample_responses(prepared, folder, encoded, n, seed=config.seed + EVAL_SEED_OFFSET, progress=progress)
+        return sample_responses(prepared, folders, encoded, n, seed=config.seed + EVAL_SEED_OFFSET, progress=progress)
 
     with connected():
         check_resources([need for need in worker_needs(config) if need.section != "learner"])

@@ -237,6 +237,29 @@ def test_a_kl_term_in_the_loss_pulls_to_the_reference(make_learner: MakeLearner)
     assert distances[-1] < 0.8 * distances[0]
 
 
+@pytest.mark.parametrize("bound", [{"clip": 1e-4}, {"value_clip": 1e-4}, {"score_clip": 0.1}, {"importance_cap": 1.0}])
+def test_each_bound_of_the_loss_is_the_configurations(
+    make_learner: MakeLearner, tiny_model_dir: Path, bound: dict[str, float]
+) -> None:
+    """A tight bound changes the step; a bound that nothing reaches leaves it as it is without one."""
+
+    def after(**ppo: float) -> dict[str, Tensor]:
+        learner = make_learner(ppo={"epochs": 2, "max_staleness": 1, **ppo})
+        learner.train_step(batch(), kl_coef=0.1)
+        stale = with_true_numbers(batch(version=0), tiny_model_dir)
+        likelier = [  # each token was less likely to the sampler: the weights are above 1
+            replace(e, rollout=replace(e.rollout, rollout_logprobs=tuple(x - 0.3 for x in e.rollout.rollout_logprobs)))
+            for e in stale
+        ]
+        learner.train_step(likelier, kl_coef=0.1)
+        return parameters(learner)
+
+    (name,) = bound
+    loose = after(**{name: 1e6})
+    assert largest_difference(after(**bound), loose) > 1e-5
+    assert largest_difference(after(**{name: 1e5}), loose) == 0.0
+
+
 def test_an_entropy_bonus_raises_the_entropy(make_learner: MakeLearner) -> None:
     learner = make_learner(ppo={"entropy_coef": 1.0})
     entropies = []

@@ -142,9 +142,11 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
     (policy / "config.json").write_text("{}")
     asked: list[str] = []
 
-    def sample(model: str) -> list[Rollout]:
-        asked.append(model)
-        return [rollout(i, f"prompt {i}", "bad" if model == "the/base" else "good") for i in range(3)]
+    def sample(models: Sequence[str]) -> list[list[Rollout]]:
+        asked.extend(models)
+        return [
+            [rollout(i, f"prompt {i}", "bad" if model == "the/base" else "good") for i in range(3)] for model in models
+        ]
 
     result = evaluate(
         config,
@@ -165,8 +167,8 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
 
 
 def test_evaluate_without_a_trained_policy_is_refused_before_sampling(config: RunConfig) -> None:
-    def never(model: str) -> list[Rollout]:
-        pytest.fail(f"sampled {model}")
+    def never(models: Sequence[str]) -> list[list[Rollout]]:
+        pytest.fail(f"sampled {models}")
 
     with pytest.raises(ModelError, match=r"no trained policy at .*policy; run rlhf-ray ppo"):
         evaluate(config, sample=never, gold=len, score=lambda _: [], reference_logprobs=lambda _: [])
