@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import BaseModel
 
-from rlhf_ray.config import SPIN_COUNT, RunConfig, load_config
+from rlhf_ray.config import SPIN_COUNT, RunConfig, load_config, load_serve_config
 from rlhf_ray.config_file import config_keys, recipe_text
 from rlhf_ray.errors import ConfigError, InputError, RlhfRayError
 
@@ -144,15 +144,38 @@ def reward(
             run_reward(run, console, resume=resume)
 
 
-@app.command(epilog=_examples("rlhf-ray serve -c run.yaml", "rlhf-ray serve -c run.yaml --set serve.port=9000"))
-def serve(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Serve the reward model over HTTP until Ctrl-C."""
+@app.command(
+    epilog=_examples(
+        "rlhf-ray serve -c run.yaml",
+        "rlhf-ray serve --model runs/demo/reward --set serve.port=9000",
+        "rlhf-ray serve --model toxic-bert --set serve.label=toxic --set serve.prompt_format=response",
+    )
+)
+def serve(
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", metavar="FILE|recipe:NAME", help="Serve the reward model of this run."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Serve this one, which needs no configuration.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Serve a reward model, or any Hugging Face classifier, over HTTP until Ctrl-C."""
     with _reported():
-        run, console = _begin(config, overrides)
+        run = load_config(config, overrides or ()) if config is not None else None
+        section = run.serve if run is not None else load_serve_config(overrides or ())
+        console = _console()
         from rlhf_ray.stages.ppo import reward_model_folder
         from rlhf_ray.stages.serve import serve_forever
 
-        serve_forever(run, reward_model_folder(run), announce=console.say)
+        if model is not None:
+            folder = model.expanduser()
+        elif run is not None:
+            folder = reward_model_folder(run)
+        else:
+            raise ConfigError("name the reward model's folder with --model DIR, or a run's file with --config FILE")
+        serve_forever(section, folder, device=run.device if run is not None else "auto", announce=console.say)
 
 
 @app.command(
@@ -264,13 +287,18 @@ def _check_either(resume: bool, overwrite: bool) -> None:
 def _begin(config: str, overrides: Sequence[str] | None) -> tuple[RunConfig, Console]:
     """Check the configuration first: nothing heavy is imported for a wrong key."""
     run = load_config(config, overrides or ())
+    return run, _console()
+
+
+def _console() -> Console:
+    """What a person watches, with the libraries' own talk turned down."""
     from rlhf_ray.report.console import Console
     from rlhf_ray.report.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()
     console.show_logs()
-    return run, console
+    return console
 
 
 @contextmanager
@@ -387,7 +415,7 @@ def _kind(annotation: object) -> str:
     match typing.get_origin(annotation):
         case typing.Literal:
             return f"one of {', '.join(str(choice) for choice in arguments)}"
-        case types.UnionType:
+        case types.UnionType | typing.Union:
             return " or ".join(_kind(choice) for choice in arguments)
         case builtins.tuple:
             return "list" if Ellipsis in arguments else f"list of {len(arguments)}"

@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from rlhf_ray.config_file import apply_override, places_named, problem_sentence, read_config_file
+from rlhf_ray.config_file import Places, apply_override, places_named, problem_sentence, read_config_file
 from rlhf_ray.errors import ConfigError
 
 SPIN_COUNT = "20000"
@@ -31,6 +31,8 @@ RESOLVED_FILE = "config.resolved.yaml"
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+ReadFormat = Literal["text", "chat", "response"]
+"""How a reward model reads: prompt and response as they stand, under the chat template, or the response alone."""
 
 
 class Section(BaseModel):
@@ -284,6 +286,20 @@ class RewardConfig(Section):
         return self
 
 
+class ServedModelConfig(Section):
+    """A reward model, or any Hugging Face sequence classifier, that the service scores with."""
+
+    folder: str = Field(min_length=1, description="Hugging Face folder of the model.")
+    label: str | int | None = Field(
+        None, description="Name or index of the label to score by, of a model with several, such as toxic."
+    )
+    prompt_format: ReadFormat | None = Field(
+        None,
+        description="text or chat: prompt and response, plain or under the chat template; response: the response "
+        "alone, as a classifier of texts reads it. Default: what the folder's rlhf_ray.json says.",
+    )
+
+
 class ServeConfig(Section):
     """The reward model as a Ray Serve application."""
 
@@ -291,20 +307,63 @@ class ServeConfig(Section):
         None, description="Reward-model folder; default: the one this run trained (runs/NAME/reward)."
     )
     name: str = Field("reward", description="Name of the model and of its Serve application.")
+    label: str | int | None = Field(
+        None, description="Name or index of the label to score by, of a model with several, such as toxic."
+    )
+    prompt_format: ReadFormat | None = Field(
+        None, description="How texts are put to the model; default: what its folder's rlhf_ray.json says."
+    )
+    models: dict[str, ServedModelConfig] = Field(
+        {}, description="Further models that requests may name, each in every replica: {toxicity: {folder: DIR}}."
+    )
     host: str = Field(
         "127.0.0.1", description="Address that the HTTP port listens on; loopback unless you say otherwise."
     )
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0: any free one.")
-    replicas: int = Field(1, ge=1, description="Replicas of the model.")
+    tls_cert: Path | None = Field(None, description="Certificate file (PEM); with serve.tls_key the port speaks HTTPS.")
+    tls_key: Path | None = Field(None, description="Private key file of that certificate.")
+    api_keys_file: Path | None = Field(
+        None,
+        description="File with one API key a line; by default those in the environment variable RLHF_RAY_API_KEYS "
+        "(comma-separated), and where there are none, anybody who reaches the port may score.",
+    )
+    replicas: int = Field(1, ge=1, description="Replicas of the models; the least, where max_replicas is more.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Under load Serve adds replicas up to this many; default: it adds none."
+    )
     num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 where the hardware has it.")
     max_batch_size: int = Field(16, ge=1, description="Most responses scored in one forward.")
+    max_batch_tokens: int = Field(
+        16384, ge=1, description="Most tokens in one forward, padding included; a longer response goes alone."
+    )
     batch_wait_ms: float = Field(
         10.0, ge=0, description="How long a request waits for others to share its forward, ms."
     )
     max_items: int = Field(64, ge=1, description="Most responses in one HTTP request.")
+    max_body_mb: float = Field(8.0, gt=0, description="Largest body of an HTTP request, MB.")
+    max_queue_s: float = Field(
+        30.0, gt=0, description="Longest wait that an HTTP request may expect; beyond, it is told 429 and Retry-After."
+    )
+    request_timeout_s: float = Field(120.0, gt=0, description="An HTTP request that takes longer is told 504, seconds.")
     threads: int = Field(0, ge=0, description="CPU threads of a replica; 0: all cores of the node.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with a served model.")
+    allow_pickle: bool = Field(
+        False, description="Read weights in pickle files too, which can run code while they are read."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("serve.tls_cert and serve.tls_key go together; name both files, or neither")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"serve.max_replicas = {self.max_replicas} is below serve.replicas = {self.replicas}; raise or drop it"
+            )
+        if self.name in self.models:
+            raise ValueError(f"serve.models names {self.name!r}, which serve.name has; choose another name")
+        return self
 
 
 def _not_zero(weight: float) -> float:
@@ -479,6 +538,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+class _ServeAlone(Section):
+    serve: ServeConfig = ServeConfig()
+
+
+def load_serve_config(overrides: Sequence[str]) -> ServeConfig:
+    """Section ``serve`` alone, its defaults and ``serve.key=value`` overrides: to serve a model that belongs to no run.
+
+    Raises ``ConfigError`` with one sentence for each problem.
+    """
+    data: dict[str, Any] = {}
+    places: Places = {}
+    for override in overrides:
+        apply_override(data, override, places)
+    if others := sorted(set(data) - {"serve"}):
+        raise ConfigError(f"--set {others[0]}: without a configuration file only keys of serve can be set")
+    try:
+        return _ServeAlone.model_validate_json(json.dumps(data), strict=True).serve
+    except ValidationError as error:
+        sentences = [problem_sentence(problem, _ServeAlone, places, "--set") for problem in error.errors()]
+        raise ConfigError("\n".join(sentences)) from None
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:

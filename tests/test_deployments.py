@@ -269,7 +269,7 @@ def test_every_container_is_limited_to_what_it_requests(spec: dict[str, Any]) ->
 def test_the_kuberay_reward_service_serves_our_application() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from rlhf_ray.serving.schemas import RewardServiceArgs
+    from rlhf_ray.serving.args import RewardServiceArgs
 
     manifest = load_yaml("deployments/kuberay_reward_service.yaml")
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")

@@ -73,18 +73,23 @@ def resolve_model(path: str, *, cache_dir: Path, trust_remote_code: bool = False
     )
 
 
-def load_tokenizer(folder: str | Path, *, need_chat_template: bool, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: str | Path, *, need_chat_template: bool, need_eos: bool = True, trust_remote_code: bool = False
+) -> Any:
     """The folder's tokenizer; EOS stands in for a missing padding token.
 
+    Args:
+        need_eos: off for what only reads text, such as a classifier.
+
     Raises:
-        ModelError: it cannot be read, has no EOS token, or has no chat template where one is needed.
+        ModelError: it cannot be read, or has no EOS token or chat template where one is needed.
     """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _UNREADABLE as error:
         raise _unreadable("tokenizer", folder, error) from error
-    if tokenizer.eos_token_id is None:
+    if need_eos and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {folder} has no EOS token, so no response could ever end; "
             'name one as "eos_token" in its tokenizer_config.json'

@@ -51,41 +51,70 @@ class ScoreNormalisation:
         return normalisation
 
 
-def check_reward_folder(folder: Path) -> None:
+def check_reward_folder(
+    folder: Path, *, label: str | int | None = None, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> None:
     """Refuse what ``load_reward_model`` would, as far as that shows without reading the weights.
 
     Raises:
-        ModelError: no one-label configuration, no safetensors file, or a broken score normalisation.
+        ModelError: no configuration with that label, no safetensors file, or a broken score normalisation.
     """
     try:
         with quiet():
-            labels = AutoConfig.from_pretrained(folder).num_labels
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"no reward model can be read from {folder}: {' '.join(str(error).split())[:300]}") from error
-    _check_labels(folder, labels)
-    check_weight_files(folder)
+    find_label(folder, config, label)
+    if not (allow_pickle and any(folder.glob("*.bin"))):
+        check_weight_files(folder)
     ScoreNormalisation.load(folder)
 
 
-def _check_labels(folder: str | Path, labels: int) -> None:
-    if labels != 1:
+def find_label(folder: str | Path, config: Any, label: str | int | None) -> int:
+    """Index of the label whose logit is the score; a reward model has only one.
+
+    Raises:
+        ModelError: there are several and none is named, or there is none of that name.
+    """
+    names = {int(index): str(name) for index, name in config.id2label.items()}
+    listed = ", ".join(names.values())
+    if label is None:
+        if len(names) == 1:
+            return 0
         raise ModelError(
-            f"the model in {folder} has {labels} labels and a reward model has one; "
-            "set serve.model to a folder that `rlhf-ray reward` has written"
+            f"the model in {folder} has {len(names)} labels ({listed}) and a reward model has one; set serve.model to "
+            "a folder that `rlhf-ray reward` has written, or name the label to score by with label in serve.models"
         )
+    for index, name in names.items():
+        if label in (index, name):
+            return index
+    raise ModelError(f"the model in {folder} has no label {label!r}; choose one of: {listed}")
 
 
-def load_reward_model(folder: str | Path) -> tuple[Any, Any, ScoreNormalisation]:
-    """A one-label sequence classifier in float32, without dropout or gradients; its tokenizer; its normalisation.
+def load_reward_model(
+    folder: str | Path, *, label: str | int | None = None, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> tuple[Any, Any, ScoreNormalisation]:
+    """A sequence classifier in float32, without dropout or gradients; its tokenizer; its normalisation.
+
+    Args:
+        label: which one will be read, of a model with several.
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: read weights in pickle files too, which can run code while they are read.
 
     Raises:
         ModelError: the folder holds no such model, or not all of it: a head is never initialised anew.
     """
     try:
         with quiet():
-            _check_labels(folder, AutoConfig.from_pretrained(folder).num_labels)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            find_label(folder, config, label)
             model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
             )
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
@@ -93,7 +122,7 @@ def load_reward_model(folder: str | Path) -> tuple[Any, Any, ScoreNormalisation]
         cause = " ".join(str(error).split())[:300]
         raise ModelError(f"no reward model can be loaded from {folder}: {cause}") from error
     check_nothing_missing(folder, loading)
-    tokenizer = load_tokenizer(folder, need_chat_template=False)
+    tokenizer = load_tokenizer(folder, need_chat_template=False, need_eos=False, trust_remote_code=trust_remote_code)
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -102,12 +131,12 @@ def load_reward_model(folder: str | Path) -> tuple[Any, Any, ScoreNormalisation]
 
 
 def model_version(folder: str | Path) -> str:
-    """``name@digest``: the folder's name and 12 hex digits of the SHA-256 over its safetensors files, in name order.
+    """``name@digest``: the folder's name and 12 hex digits of the SHA-256 over its weight files, in name order.
 
     Raises:
         ModelError: it has none.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
     if not files:
         raise ModelError(f"{folder} has no safetensors file; give a folder that save_pretrained has written")
     digest = hashlib.sha256()

@@ -10,28 +10,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from rlhf_ray.config import Precision
+from rlhf_ray.config import Precision, ReadFormat
+from rlhf_ray.data.preferences import as_dialogue
 from rlhf_ray.data.prompts import encode_prompt
-from rlhf_ray.errors import ModelError, ScorerError
+from rlhf_ray.errors import DataError, ModelError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
-from rlhf_ray.models.reward import load_reward_model, model_version, reward_input
+from rlhf_ray.models.reward import find_label, load_reward_model, model_version, reward_input
 from rlhf_ray.types import Rollout, Score, Turn
 
 PromptFormat = Literal["text", "chat"]
 
 SETTINGS_FILE = "rlhf_ray.json"
-_SETTINGS_REMEDY = 'write {"prompt_format": "chat"} or {"prompt_format": "text"} into it'
+_SETTINGS_REMEDY = 'write {"prompt_format": "chat"}, "text" or "response" into it, or say so in serve.models'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSettings:
     """How texts were put to a reward model in training; stored beside its weights as ``rlhf_ray.json``."""
 
-    prompt_format: PromptFormat
+    prompt_format: ReadFormat
 
     def save(self, folder: Path) -> None:
         (folder / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -50,7 +51,7 @@ class RewardSettings:
             row = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"{path} is not JSON ({error}); {_SETTINGS_REMEDY}") from error
-        if not isinstance(row, dict) or row.get("prompt_format") not in ("text", "chat"):
+        if not isinstance(row, dict) or row.get("prompt_format") not in get_args(ReadFormat):
             raise ModelError(f"{path} does not say how prompts were put to this model; {_SETTINGS_REMEDY}")
         return cls(prompt_format=row["prompt_format"])
 
@@ -77,8 +78,20 @@ def text_input(
     return reward_input(prompt_ids, response_ids, eos_id=tokenizer.eos_token_id, max_length=max_length)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What a model made of one sequence."""
+
+    score: Score
+    logits: tuple[float, ...]
+    """Of every label."""
+
+
 class RewardScorer:
-    """Scores responses with one reward model.
+    """Scores responses with one reward model, or with one label of any sequence classifier.
+
+    The raw score is the logit of a model with one label, and of one with several the log-odds of the label that was
+    chosen: σ(raw) is its probability.
 
     ``score_*`` raise ``ScorerError`` rather than return a number that is not one.
     """
@@ -92,6 +105,10 @@ class RewardScorer:
         precision: Precision = "auto",
         threads: int = 0,
         max_batch_size: int = 16,
+        label: str | int | None = None,
+        prompt_format: ReadFormat | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
     ) -> None:
         """Load the model.
 
@@ -101,42 +118,100 @@ class RewardScorer:
             precision: of the weights; "auto" is bfloat16 where the hardware has it.
             threads: CPU threads of a forward; 0: every core that this process may use.
             max_batch_size: most sequences in one forward.
+            label: name or index of the label to score by, of a model with several.
+            prompt_format: how texts are put to the model; default: what its rlhf_ray.json says.
+            trust_remote_code: run Python code that comes with the model.
+            allow_pickle: read weights in pickle files too.
 
         Raises:
-            ModelError: the folder holds no reward model.
+            ModelError: the folder holds no such model.
         """
         self._device = resolve_device(device, num_gpus)
         self._threads = threads
         self._max_batch_size = max_batch_size
-        model, self.tokenizer, self.normalisation = load_reward_model(folder)
+        model, self.tokenizer, self.normalisation = load_reward_model(
+            folder, label=label, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        )
         self._model: Any = model.to(self._device, resolve_precision(precision, self._device)).eval()
-        self._settings = RewardSettings.load(folder)
+        self._label = find_label(folder, model.config, label)
+        self._multi_label = model.config.problem_type == "multi_label_classification"
+        self.labels: tuple[str, ...] = tuple(str(name) for _, name in sorted(model.config.id2label.items()))
+        settings = RewardSettings.load(folder)
+        self.prompt_format = prompt_format or (settings.prompt_format if settings else None)
         self._folder = folder
+        if self.prompt_format in ("text", "chat") and self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {folder} has no EOS token, which a model of prompts and responses reads"
+            )
         self.version: str = model_version(folder)
         text_config = model.config.get_text_config()
         self._vocabulary: int = text_config.vocab_size
         self._pad_id: int = text_config.pad_token_id
-        self.max_tokens = context_length(folder)
+        self.max_tokens = context_length(folder, trust_remote_code=trust_remote_code)
         """Longest sequence that the model can read, EOS included."""
 
-    def text_ids(self, prompt: str, response: str) -> list[int]:
+    def text_ids(self, prompt: str, response: str, *, turns: Sequence[Turn] = ()) -> list[int]:
         """Token ids of a prompt and a response given as texts.
+
+        Args:
+            turns: of a dialogue; under the chat format they are the prompt.
 
         Raises:
             DataError: too long for the model.
             ModelError: the folder does not say how prompts were put to the model.
         """
-        if self._settings is None:
-            raise ModelError(
-                f"{self._folder} has no {SETTINGS_FILE} to say how prompts were put to this model; {_SETTINGS_REMEDY}"
-            )
+        prompt_format = self._prompt_format()
+        if prompt_format == "response":
+            return self._checked(self.tokenizer(response)["input_ids"])
         return text_input(
-            prompt, response, self.tokenizer, prompt_format=self._settings.prompt_format, max_length=self.max_tokens
+            prompt, response, self.tokenizer, prompt_format=prompt_format, max_length=self.max_tokens, turns=turns
         )
+
+    def dialogue_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of messages, the last of which is the response.
+
+        Raises:
+            DataError: too long for the model, or the last is not the assistant's.
+            ModelError: the folder does not say how prompts were put to the model.
+        """
+        if len(turns) < 2 or turns[-1].role != "assistant":
+            raise DataError("the messages must be a prompt and, as the last, the assistant's response to score")
+        *before, response = turns
+        if [turn.role for turn in before] == ["user"]:
+            return self.text_ids(before[0].content, response.content)
+        return self.text_ids(as_dialogue(before), response.content, turns=before)
+
+    def whole_text_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt and its response as one text, special tokens spelt out; one EOS ends it.
+
+        Raises:
+            DataError: too long for the model.
+            ModelError: the folder does not say how prompts were put to the model.
+        """
+        if self._prompt_format() == "response":
+            return self._checked(self.tokenizer(text)["input_ids"])
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids = self.tokenizer(text, add_special_tokens=not begins)["input_ids"]
+        return reward_input((), ids, eos_id=self.tokenizer.eos_token_id, max_length=self.max_tokens)
+
+    def token_ids(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[int]:
+        """A prompt's and a response's own token ids as the model reads them; nothing is tokenised again.
+
+        Raises:
+            DataError: the model reads texts by a tokenizer of its own.
+        """
+        if self.prompt_format == "response":
+            raise DataError(f"{self.version} reads texts by a tokenizer of its own; send the response as text")
+        return reward_input(prompt_ids, response_ids, eos_id=self.tokenizer.eos_token_id)
 
     def rollout_ids(self, rollout: Rollout) -> list[int]:
         """The rollout's own token ids as the model reads them; nothing is tokenised again."""
-        return reward_input(rollout.prompt.token_ids, rollout.response_ids, eos_id=self.tokenizer.eos_token_id)
+        return self.token_ids(rollout.prompt.token_ids, rollout.response_ids)
+
+    def warm_up_ids(self) -> list[int]:
+        """One token that every tokenizer of this model has."""
+        eos = self.tokenizer.eos_token_id
+        return [self._pad_id if eos is None else eos]
 
     def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score]:
         """One score for each prompt and its response."""
@@ -152,22 +227,22 @@ class RewardScorer:
         for verdict in self.verdicts(sequences):
             if isinstance(verdict, ScorerError):
                 raise verdict
-            scores.append(verdict)
+            scores.append(verdict.score)
         return scores
 
-    def verdicts(self, sequences: Sequence[Sequence[int]]) -> list[Score | ScorerError]:
+    def verdicts(self, sequences: Sequence[Sequence[int]]) -> list[Reading | ScorerError]:
         """As ``score_ids``, but a sequence that cannot be scored gives its error and leaves the others their scores."""
-        verdicts: list[Score | ScorerError | None] = [self._refusal(ids) for ids in sequences]
+        verdicts: list[Reading | ScorerError | None] = [self.refusal(ids) for ids in sequences]
         scorable = sorted((i for i, verdict in enumerate(verdicts) if verdict is None), key=lambda i: len(sequences[i]))
         for start in range(0, len(scorable), self._max_batch_size):
             rows = scorable[start : start + self._max_batch_size]
-            for i, raw in zip(rows, self._forward([sequences[i] for i in rows]), strict=True):
-                verdicts[i] = self._verdict(raw, len(sequences[i]))
+            for i, logits in zip(rows, self._forward([sequences[i] for i in rows]), strict=True):
+                verdicts[i] = self._verdict(logits, len(sequences[i]))
         return [verdict for verdict in verdicts if verdict is not None]
 
     @torch.inference_mode()
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Raw scores of one padded batch; the model reads each row's last token that is not padding."""
+    def _forward(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logits of one padded batch; the model reads each row's last token that is not padding."""
         set_threads(self._threads)
         longest = max(map(len, sequences))
         input_ids = torch.full((len(sequences), longest), self._pad_id, dtype=torch.int64)
@@ -175,13 +250,24 @@ class RewardScorer:
         for row, ids in enumerate(sequences):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        logits = self._model(
-            input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False
-        ).logits
-        scores: list[float] = logits.float().squeeze(-1).tolist()
-        return scores
+        cache = {} if self._model.config.is_encoder_decoder else {"use_cache": False}
+        output = self._model(input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), **cache)
+        logits: list[list[float]] = output.logits.float().tolist()
+        return logits
 
-    def _refusal(self, ids: Sequence[int]) -> ScorerError | None:
+    def _prompt_format(self) -> ReadFormat:
+        if self.prompt_format is None:
+            raise ModelError(
+                f"{self._folder} has no {SETTINGS_FILE} to say how prompts were put to this model; {_SETTINGS_REMEDY}"
+            )
+        return self.prompt_format
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.max_tokens:
+            raise DataError(f"the text is {len(ids)} tokens and the model reads at most {self.max_tokens}; shorten it")
+        return ids
+
+    def refusal(self, ids: Sequence[int]) -> ScorerError | None:
         """Why a sequence cannot be read, if so: an id outside the vocabulary would end a GPU's process."""
         if not ids:
             return ScorerError("an empty sequence has no score")
@@ -197,10 +283,35 @@ class RewardScorer:
             )
         return None
 
-    def _verdict(self, raw: float, tokens: int) -> Score | ScorerError:
+    def _verdict(self, logits: Sequence[float], tokens: int) -> Reading | ScorerError:
+        raw = self._raw(logits)
         if not math.isfinite(raw):
             return ScorerError(
                 f"the reward model {self.version} gave {raw} for {tokens} tokens; its weights may be broken"
             )
         value = (raw - self.normalisation.mean) / self.normalisation.std
-        return Score(value=value, raw=raw, reward_version=self.version)
+        return Reading(score=Score(value=value, raw=raw, reward_version=self.version), logits=tuple(logits))
+
+    def _raw(self, logits: Sequence[float]) -> float:
+        """The label's logit where it stands alone; beside others of a softmax, its log-odds against them."""
+        if not all(map(math.isfinite, logits)):
+            return math.nan
+        mine = logits[self._label]
+        others = [logit for index, logit in enumerate(logits) if index != self._label]
+        if self._multi_label or not others:
+            return mine
+        top = max(others)
+        return mine - top - math.log(sum(math.exp(logit - top) for logit in others))
+
+    def probabilities(self, logits: Sequence[float]) -> list[float]:
+        """Of each label: a softmax over several, or σ where each stands for itself."""
+        if self._multi_label or len(logits) == 1:
+            return list(map(sigmoid, logits))
+        top = max(logits)
+        weights = [math.exp(logit - top) for logit in logits]
+        return [weight / sum(weights) for weight in weights]
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + e⁻ˣ), without overflow."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

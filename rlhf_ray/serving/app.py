@@ -8,15 +8,21 @@ argument, and would pass a plain dict where it finds the class's name.
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from rlhf_ray.cluster import WORKER_ENV
+from rlhf_ray.serving.args import RewardServiceArgs
+from rlhf_ray.serving.http import http_app
+from rlhf_ray.serving.keys import read_keys
 from rlhf_ray.serving.reward_service import RewardService
-from rlhf_ray.serving.schemas import RewardServiceArgs
 
-ONGOING_BATCHES = 16
-"""Batches' worth of calls that a replica holds at once: it must see many to choose companions of like length from."""
+ONGOING_BATCHES = 64
+"""Batches' worth of calls that a replica holds at once: it must see many to choose companions of like length from, and
+to know how long a further one would wait."""
+
+BUSY_BATCHES = 2
+"""Batches' worth of calls for each replica above which Serve adds one, where it may: one runs, one waits."""
 
 MAX_QUEUED_REQUESTS = 4096
 """Calls that one caller may have waiting for a replica; more are told 429. Far above a burst of rollouts."""
@@ -25,16 +31,37 @@ MAX_QUEUED_REQUESTS = 4096
 class _ServedRewardService(RewardService):
     """What Serve asks of an ingress class: its ASGI app, once the replica is constructed."""
 
+    def __init__(self, args: RewardServiceArgs, key_digests: frozenset[str]) -> None:
+        super().__init__(args)
+        self._key_digests = key_digests
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.http_app()
+        return http_app(self, key_digests=self._key_digests)
 
 
 def build_app(args: RewardServiceArgs) -> Application:
-    """The application; its ingress answers HTTP and the handle method ``score_rollout``."""
+    """The application; its ingress answers HTTP and the handle method ``score_rollout``.
+
+    Raises:
+        ConfigError: the API keys cannot be read.
+    """
+    scaling = (
+        {"num_replicas": args.replicas}
+        if args.max_replicas is None
+        else {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=args.replicas,
+                initial_replicas=args.replicas,
+                max_replicas=args.max_replicas,
+                target_ongoing_requests=BUSY_BATCHES * args.max_batch_size,
+            )
+        }
+    )
     deployment = serve.deployment(
         serve.ingress()(_ServedRewardService),
         name=args.name,
-        num_replicas=args.replicas,
+        **scaling,
+        user_config={"models": {name: model.model_dump() for name, model in args.served_models().items()}},
         max_ongoing_requests=ONGOING_BATCHES * args.max_batch_size,
         max_queued_requests=MAX_QUEUED_REQUESTS,
         max_constructor_retry_count=1,  # what cannot be loaded fails again; a replica that ran is replaced
@@ -46,4 +73,4 @@ def build_app(args: RewardServiceArgs) -> Application:
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    return deployment.bind(args)
+    return deployment.bind(args, read_keys(args.api_keys_file))

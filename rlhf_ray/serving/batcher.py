@@ -2,71 +2,127 @@
 
 Not ``@serve.batch``: that one fills its batch in order of arrival, so a short response pays for the padding of a long
 one, waits before every batch that is not full, and fails all callers of a batch for one of them. Here only an idle
-model waits, and a batch is the item that waited longest with those nearest to it in length.
+model waits, and a batch is the item that waited longest with those nearest to it in length, as many as fit the budget
+of tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rlhf_ray.errors import ScorerError
-from rlhf_ray.types import Score
+from rlhf_ray.roles.scorer import Reading
 
-Verdict = Score | ScorerError
+Verdict = Reading | ScorerError
+
+_RATE_WINDOW = 32
+"""Forwards that the expected wait is reckoned from."""
+
+
+class OverloadedError(Exception):
+    """More waits than can be answered in time. Caught by the HTTP face."""
+
+    def __init__(self, wait_seconds: float) -> None:
+        super().__init__(wait_seconds)
+        self.wait_seconds = wait_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forward:
+    """One forward, as the metrics see it."""
+
+    rows: int
+    tokens: int
+    """Without padding."""
+    padded_tokens: int
+    seconds: float
+    waited_seconds: float
+    """Of the row that waited longest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
     ids: Sequence[int]
     verdict: asyncio.Future[Verdict]
+    since: float
 
 
 class Batcher:
-    """Collects sequences from many callers into forwards of at most ``max_batch_size``, one forward at a time."""
+    """Collects sequences from many callers into forwards, one forward at a time."""
 
     def __init__(
         self,
         forward: Callable[[Sequence[Sequence[int]]], Sequence[Verdict]],
         *,
         max_batch_size: int,
+        max_batch_tokens: int,
         wait_seconds: float,
+        on_forward: Callable[[Forward], None] = lambda forward: None,
     ) -> None:
         """
         Args:
             forward: scores a batch of token-id sequences; runs in a thread of its own.
+            max_batch_tokens: most tokens in a forward, padding included; a longer sequence goes alone.
             wait_seconds: how long an idle model waits for company before it begins.
+            on_forward: hears of each forward.
         """
         self._forward = forward
         self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max_batch_tokens
         self._wait_seconds = wait_seconds
+        self._on_forward = on_forward
         self._waiting: list[_Waiting] = []
+        self._running_tokens = 0
+        self._recent: deque[Forward] = deque(maxlen=_RATE_WINDOW)
         self._full = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
 
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[Score]:
-        """One score for each sequence, in order.
+    async def score(
+        self, sequences: Sequence[Sequence[int]], *, max_wait_seconds: float | None = None
+    ) -> list[Reading]:
+        """One reading for each sequence, in order.
+
+        Args:
+            max_wait_seconds: refuse the call where it would wait longer than that for its forward to begin.
 
         Raises:
             ScorerError: a sequence of this call has no score; other callers are not concerned.
+            OverloadedError: it would wait too long.
         """
-        loop = asyncio.get_running_loop()
-        entries = [_Waiting(ids, loop.create_future()) for ids in sequences]
+        if max_wait_seconds is not None and (wait := self.expected_wait()) > max_wait_seconds:
+            raise OverloadedError(wait)
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        entries = [_Waiting(ids, loop.create_future(), now) for ids in sequences]
         self._waiting += entries
         if len(self._waiting) >= self._max_batch_size:
             self._full.set()
         if self._drain is None or self._drain.done():
             self._drain = asyncio.create_task(self._score_all())
-        scores = []
+        readings = []
         for verdict in await asyncio.gather(*(entry.verdict for entry in entries)):
             if isinstance(verdict, ScorerError):
                 raise verdict
-            scores.append(verdict)
-        return scores
+            readings.append(verdict)
+        return readings
+
+    def expected_wait(self) -> float:
+        """Seconds until a sequence that came now would begin, at the rate of the last forwards; 0 before the first."""
+        seconds = sum(forward.seconds for forward in self._recent)
+        tokens = sum(forward.tokens for forward in self._recent)
+        ahead = self._running_tokens + sum(len(entry.ids) for entry in self._waiting if not entry.verdict.done())
+        return ahead * seconds / tokens if tokens else 0.0
+
+    async def idle(self) -> None:
+        """Returns once nothing waits."""
+        if self._drain is not None:
+            await asyncio.wait([self._drain])
 
     async def _score_all(self) -> None:
         """Forward batch after batch until nothing waits."""
@@ -74,6 +130,9 @@ class Batcher:
             async with asyncio.timeout(self._wait_seconds):
                 await self._full.wait()
         while batch := self._next_batch():
+            tokens = [len(entry.ids) for entry in batch]
+            self._running_tokens = sum(tokens)
+            began = time.monotonic()
             try:
                 verdicts = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._forward, [entry.ids for entry in batch]
@@ -81,6 +140,16 @@ class Batcher:
             except Exception as error:  # noqa: BLE001 (each caller gets the cause)
                 cause = ScorerError(f"the forward of the reward model failed: {type(error).__name__}: {error}")
                 verdicts = [cause] * len(batch)
+            self._running_tokens = 0
+            forward = Forward(
+                rows=len(batch),
+                tokens=sum(tokens),
+                padded_tokens=len(batch) * max(tokens),
+                seconds=time.monotonic() - began,
+                waited_seconds=began - min(entry.since for entry in batch),
+            )
+            self._recent.append(forward)
+            self._on_forward(forward)
             for entry, verdict in zip(batch, verdicts, strict=True):
                 if not entry.verdict.done():
                     entry.verdict.set_result(verdict)
@@ -91,7 +160,13 @@ class Batcher:
         nearest = sorted(
             alive, key=lambda entry: abs(len(entry.ids) - len(alive[0].ids))
         )  # stable: the first stays first
-        batch = nearest[: self._max_batch_size]
+        batch: list[_Waiting] = []
+        longest = 0
+        for entry in nearest[: self._max_batch_size]:
+            longest = max(longest, len(entry.ids))
+            if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
+                break
+            batch.append(entry)
         taken = set(map(id, batch))
         self._waiting = [entry for entry in alive if id(entry) not in taken]
         if len(self._waiting) < self._max_batch_size:

@@ -1,13 +1,12 @@
-"""What goes over the wire to and from the reward service, and what its builder is given."""
+"""What goes over the wire to and from the reward service in its own words; ``foreign.py`` has those of others."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from rlhf_ray.config import Device, Precision, RunConfig, ServeConfig
+from rlhf_ray.types import Turn
 
 
 def _readable(text: str) -> str:
@@ -18,6 +17,8 @@ def _readable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_readable)]
 PromptText = Annotated[str, Field(min_length=1), AfterValidator(_readable)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+ModelName = Annotated[str | None, Field(description="Name of the model to score with; default: the service's first.")]
 
 
 class Wire(BaseModel):
@@ -26,44 +27,112 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Item(Wire):
-    """One prompt and one response to it."""
+class Message(Wire):
+    """One message of a dialogue."""
 
-    prompt: PromptText = Field(description="As a person wrote it, before a chat template.")
-    response: Text = Field(description="The response alone; the prompt is not repeated.")
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+    def turn(self) -> Turn:
+        """The noun for it."""
+        return Turn(self.role, self.content)
+
+
+def _forms(*forms: tuple[str, ...]) -> dict[str, Any]:
+    """For the OpenAPI page: which fields go together."""
+    return {"anyOf": [{"required": list(form)} for form in forms]}
+
+
+_ITEM_FORMS = (("prompt", "response"), ("messages",), ("prompt_ids", "response_ids"))
+_REQUEST_FORMS = (("prompt", "responses"), ("messages",), ("items",))
+
+
+class Item(Wire):
+    """One response to score, in one of three forms: prompt and response, messages, or token ids."""
+
+    model_config = ConfigDict(json_schema_extra=_forms(*_ITEM_FORMS))
+
+    prompt: PromptText | None = Field(None, description="As a person wrote it, before a chat template.")
+    response: Text | None = Field(None, description="The response alone; the prompt is not repeated.")
+    messages: list[Message] | None = Field(
+        None, min_length=2, description="Instead: a dialogue whose last message is the assistant's, which is scored."
+    )
+    prompt_ids: list[TokenId] | None = Field(
+        None, min_length=1, description="Instead: token ids of the prompt, chat template included."
+    )
+    response_ids: list[TokenId] | None = Field(
+        None, description="Token ids of the response; what the model reads ends in one EOS, sent or not."
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Item:
+        given = {name for form in _ITEM_FORMS for name in form if getattr(self, name) is not None}
+        if not any(given == set(form) for form in _ITEM_FORMS):
+            raise ValueError('send "prompt" and "response", or "messages", or "prompt_ids" and "response_ids"')
+        return self
 
 
 class ScoreRequest(Wire):
-    """Either one prompt with its responses, or items that each bring a prompt."""
+    """One prompt with its responses, one dialogue, or items that each bring a prompt."""
 
     model_config = ConfigDict(
-        json_schema_extra={"example": {"prompt": "The train", "responses": [" was late again.", " was a joy!"]}}
+        json_schema_extra={
+            "example": {"prompt": "The train", "responses": [" was late again.", " was a joy!"]},
+            **_forms(*_REQUEST_FORMS),
+        }
     )
 
+    model: ModelName = None
     prompt: PromptText | None = Field(None, description="As a person wrote it, before a chat template.")
     responses: list[Text] | None = Field(None, min_length=1, description="Responses to that prompt, one score each.")
-    items: list[Item] | None = Field(None, min_length=1, description="Instead: pairs of prompt and response.")
+    messages: list[Message] | None = Field(
+        None, min_length=2, description="Instead: a dialogue whose last message is the assistant's, which is scored."
+    )
+    items: list[Item] | None = Field(None, min_length=1, description="Instead: responses with a prompt each.")
 
     @model_validator(mode="after")
     def _one_form(self) -> ScoreRequest:
-        pair_form = self.prompt is not None and self.responses is not None and self.items is None
-        item_form = self.prompt is None and self.responses is None and self.items is not None
-        if not (pair_form or item_form):
-            raise ValueError('send either "prompt" and "responses", or "items"')
+        given = {name for form in _REQUEST_FORMS for name in form if getattr(self, name) is not None}
+        if not any(given == set(form) for form in _REQUEST_FORMS):
+            raise ValueError('send "prompt" and "responses", or "messages", or "items"')
         return self
 
-    def texts(self) -> list[tuple[str, str]]:
-        """(prompt, response) of each response, in the order of the request."""
+    def all_items(self) -> list[Item]:
+        """An item for each response, in the order of the request."""
         if self.items is not None:
-            return [(item.prompt, item.response) for item in self.items]
-        return [(self.prompt or "", response) for response in self.responses or []]
+            return self.items
+        if self.messages is not None:
+            return [Item.model_construct(messages=self.messages)]
+        return [Item.model_construct(prompt=self.prompt, response=response) for response in self.responses or []]
 
 
 class ScoreResponse(Wire):
     """One score for each response, in the order of the request."""
 
     scores: list[float] = Field(description="Normalised: (raw score - mean) / std over reference completions.")
-    raw_scores: list[float] = Field(description="What the model's head gave.")
+    raw_scores: list[float] = Field(description="What the model's head gave; of one label among several, its log-odds.")
+    model: str = Field(description="Version (name and content hash) of the model that gave them.")
+
+
+class CompareRequest(Wire):
+    """Two responses to one prompt."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"prompt": "The train", "first": " was a joy!", "second": " was late again."}}
+    )
+
+    model: ModelName = None
+    prompt: PromptText = Field(description="As a person wrote it, before a chat template.")
+    first: Text
+    second: Text
+
+
+class CompareResponse(Wire):
+    """Which of two responses the model prefers."""
+
+    probability: float = Field(description="P(the first is preferred) = sigmoid(first - second) of the raw scores.")
+    scores: list[float] = Field(description="Normalised scores of the first and the second.")
+    raw_scores: list[float] = Field(description="What the model's head gave for each.")
     model: str = Field(description="Version (name and content hash) of the model that gave them.")
 
 
@@ -77,11 +146,14 @@ class Normalisation(Wire):
 class ModelCard(Wire):
     """A model that this service scores with, and its limits."""
 
-    id: str = Field(description="Name in the configuration.")
+    id: str = Field(description="Name that a request gives.")
     version: str = Field(description="Name and content hash.")
     normalisation: Normalisation
+    labels: list[str] = Field(description="Of the model's head.")
+    prompt_format: str | None = Field(description="How texts are put to it; null: it takes token ids only.")
     max_tokens: int = Field(description="Longest prompt and response together.")
     max_items: int = Field(description="Most responses in one request.")
+    update_error: str | None = Field(None, description="Why the newest change to this model was not taken over.")
 
 
 class ModelList(Wire):
@@ -100,29 +172,3 @@ class Problem(Wire):
     """Reply to a request that was refused or failed."""
 
     detail: str = Field(description="What is wrong and what to do about it, in a sentence.")
-
-
-class RewardServiceArgs(BaseModel):
-    """What ``build_app`` is given: by a run, by ``serve run`` (``model=DIR replicas=2``) or in a Serve config file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str = Field(min_length=1, description="Reward-model folder.")
-    name: str = Field(ServeConfig.model_fields["name"].default, description="Name of the model.")
-    device: Device = Field("auto", description="Where it runs; auto: cuda where a replica is given a GPU, else cpu.")
-    replicas: int = Field(1, ge=1, description="Replicas of the model.")
-    num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
-    precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 where the hardware has it.")
-    max_batch_size: int = Field(16, ge=1, description="Most responses scored in one forward.")
-    batch_wait_ms: float = Field(
-        10.0, ge=0, description="How long a request waits for others to share its forward, ms."
-    )
-    max_items: int = Field(64, ge=1, description="Most responses in one HTTP request.")
-    threads: int = Field(0, ge=0, description="CPU threads of a replica; 0: all cores of its node.")
-
-    @classmethod
-    def of_run(cls, config: RunConfig, model_folder: Path) -> RewardServiceArgs:
-        """The service that a run's configuration asks for."""
-        section = config.serve.model_dump(exclude={"model", "host", "port"})
-        return cls(model=str(model_folder.resolve()), device=config.device, **section)

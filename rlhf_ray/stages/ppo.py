@@ -114,7 +114,7 @@ def reward_model_folder(config: RunConfig) -> Path:
             f"there is no reward model in {folder}; train one with `rlhf-ray reward`, "
             "or name its folder with serve.model"
         )
-    check_reward_folder(folder)
+    check_reward_folder(folder, label=config.serve.label)
     return folder
 
 

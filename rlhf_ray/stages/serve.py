@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -22,15 +23,20 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from rlhf_ray.cluster import WAIT_NOTICE_SECONDS, Need, check_resources, connected
-from rlhf_ray.config import RunConfig, ServeConfig
+from rlhf_ray.config import Device, RunConfig, ServeConfig, ServedModelConfig
 from rlhf_ray.errors import ConfigError, ScorerError
+from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.serving.app import build_app
-from rlhf_ray.serving.schemas import RewardServiceArgs
+from rlhf_ray.serving.args import RewardServiceArgs
+from rlhf_ray.serving.keys import read_keys
 
 log = logging.getLogger("rlhf_ray.serve")
 
 START_LIMIT_SECONDS = 600.0
 """A service that is not up by then has failed."""
+
+HANG_SECONDS = 10.0
+"""Longer than ``serve.request_timeout_s`` by this much, Serve gives a request up that no replica has answered."""
 
 _POLL_SECONDS = 0.25
 
@@ -58,7 +64,10 @@ def start_service(config: RunConfig, *, model_folder: Path) -> ServedReward:
         ResourceError: the cluster can never hold the replicas.
         ScorerError: the service failed to start, with Serve's word on why.
     """
-    section = config.serve
+    return _start(config.serve, model_folder=model_folder, device=config.device)
+
+
+def _start(section: ServeConfig, *, model_folder: Path, device: Device) -> ServedReward:
     if not model_folder.is_dir():
         raise ConfigError(
             f"{model_folder} is no folder; run `rlhf-ray reward` first, or name a reward model in serve.model"
@@ -66,10 +75,10 @@ def start_service(config: RunConfig, *, model_folder: Path) -> ServedReward:
     check_resources(
         [Need(section="serve", count=section.replicas, num_cpus=section.num_cpus, num_gpus=section.num_gpus)]
     )
+    application = build_app(RewardServiceArgs.of_section(section, model_folder, device))
     address, taken_routes = _ensure_serve(section)
     route = "/" if "/" not in taken_routes else f"/{section.name}"
-    url = f"http://{address}{route}".rstrip("/")
-    application = build_app(RewardServiceArgs.of_run(config, model_folder))
+    url = f"{address}{route}".rstrip("/")
     try:
         (handle,) = serve.run_many(
             [serve.RunTarget(application, name=section.name, route_prefix=route)], wait_for_applications_running=False
@@ -100,41 +109,72 @@ def stop_service(name: str) -> None:
     serve.delete(name)
 
 
-def serve_forever(config: RunConfig, model_folder: Path, *, announce: Callable[[str], None] = log.info) -> None:
+def serve_forever(
+    section: ServeConfig, model_folder: Path, *, device: Device = "auto", announce: Callable[[str], None] = log.info
+) -> None:
     """Serve until Ctrl-C, on the cluster at hand or else a local one, and leave nothing of it behind.
 
     Args:
         announce: told the URL and a command line to try it with.
     """
-    with connected(), served_reward(config, model_folder) as served:
-        announce(f"reward model {served.name} answers at {served.url} (documentation: {served.url}/docs)")
-        announce(f"try: {curl_line(served.url)}")
-        announce("Ctrl-C ends it")
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-        announce("stopping")
+    check_models(section, model_folder)
+    keys = bool(read_keys(section.api_keys_file))
+    if not keys and section.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning(
+            "serve.host = %s is open to the network and asks for no key; name some in serve.api_keys_file", section.host
+        )
+    with connected():
+        served = _start(section, model_folder=model_folder, device=device)
+        try:
+            announce(f"reward model {served.name} answers at {served.url} (documentation: {served.url}/docs)")
+            announce(f"try: {curl_line(served.url, with_key=keys)}")
+            announce("Ctrl-C ends it")
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+            announce("stopping")
+        finally:
+            stop_service(served.name)
 
 
-def curl_line(url: str) -> str:
+def check_models(section: ServeConfig, model_folder: Path) -> None:
+    """Refuse, before anything is started, a folder that no replica could load.
+
+    Raises:
+        ModelError: naming the folder and what is wrong with it.
+    """
+    first = ServedModelConfig(folder=str(model_folder), label=section.label)
+    for model in (first, *section.models.values()):
+        check_reward_folder(
+            Path(model.folder).expanduser(),
+            label=model.label,
+            trust_remote_code=section.trust_remote_code,
+            allow_pickle=section.allow_pickle,
+        )
+
+
+def curl_line(url: str, *, with_key: bool = False) -> str:
     """A shell command that scores two responses."""
     body = json.dumps({"prompt": "The train", "responses": [" was late again.", " was a joy!"]})
-    return f"curl -s {url}/v1/score -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    key = '-H "Authorization: Bearer $KEY" ' if with_key else ""
+    insecure = "-k " if url.startswith("https") else ""
+    return f"curl -s {insecure}{url}/v1/score {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
-    """(host:port that Serve listens on, routes that other applications have), starting Serve where it does not run."""
+    """(base URL that Serve listens on, routes that other applications have), starting Serve where it does not run."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client = _get_global_client(raise_if_no_controller_running=False)  # no public call tells a running Serve's address
     if client is None:
         port = free_port(section)
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
-            http_options={"host": section.host, "port": port},
+            http_options=_http_options(section, port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
-        return f"{_reachable(section.host)}:{port}", set()
+        return _base_url(section.host, port, tls=section.tls_cert is not None), set()
     details = client.get_serve_details()
-    host, port = details["http_options"]["host"], details["http_options"]["port"]
+    options = details["http_options"]
+    host, port = options["host"], options["port"]
     if section.port not in (0, port):
         raise ConfigError(
             f"serve.port = {section.port}, and Serve listens on {host}:{port} on this cluster already, which the first "
@@ -145,7 +185,28 @@ def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
             f"serve.name = {section.name} is an application on this cluster already; choose another serve.name, or end "
             "the run that owns it"
         )
-    return f"{_reachable(host)}:{port}", {app["route_prefix"] for app in details["applications"].values()}
+    taken = {app["route_prefix"] for app in details["applications"].values()}
+    return _base_url(host, port, tls=bool(options.get("ssl_certfile"))), taken
+
+
+def _http_options(section: ServeConfig, port: int) -> dict[str, Any]:
+    """Serve's own time-out is for a replica that hangs: it is longer than the one that the service keeps itself.
+
+    Raises:
+        ConfigError: a file of ``serve.tls_*`` is missing.
+    """
+    options: dict[str, Any] = {
+        "host": section.host,
+        "port": port,
+        "request_timeout_s": section.request_timeout_s + HANG_SECONDS,
+    }
+    for key, option in (("tls_cert", "ssl_certfile"), ("tls_key", "ssl_keyfile")):
+        path = getattr(section, key)
+        if path is not None:
+            if not path.expanduser().is_file():
+                raise ConfigError(f"serve.{key} = {path} is no file; name one in PEM form")
+            options[option] = str(path.expanduser().resolve())
+    return options
 
 
 def free_port(section: ServeConfig) -> int:
@@ -163,10 +224,10 @@ def free_port(section: ServeConfig) -> int:
     return port
 
 
-def _reachable(host: str) -> str:
-    """The address to call a listener on ``host`` at, from its own machine."""
+def _base_url(host: str, port: int, *, tls: bool) -> str:
+    """Where to call a listener on ``host`` from its own machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _wait_until_running(name: str) -> None:
@@ -197,7 +258,12 @@ def _message(application: Any) -> str:
 
 def _wait_until_answering(url: str) -> None:
     """Wait until the HTTP proxy knows the route: it learns of it a moment after the replicas run."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    unchecked = ssl.create_default_context()  # the certificate may be for another name; nothing secret is sent here
+    unchecked.check_hostname = False
+    unchecked.verify_mode = ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unchecked)
+    )
     end = time.monotonic() + START_LIMIT_SECONDS
     while True:
         try:

@@ -120,7 +120,9 @@ def test_a_sequence_that_cannot_be_scored_says_why_and_leaves_the_others_theirs(
     assert isinstance(bad, ScorerError)
     assert not isinstance(good, ScorerError)
     assert not isinstance(also_good, ScorerError)
-    assert [good.raw, also_good.raw] == pytest.approx([alone(reward_dir, i) for i in ([5, 2], [6, 2])], abs=1e-5)
+    assert [good.score.raw, also_good.score.raw] == pytest.approx(
+        [alone(reward_dir, i) for i in ([5, 2], [6, 2])], abs=1e-5
+    )
 
 
 def test_nan_is_an_error_and_never_a_score(tmp_path: Path, tiny_model_dir: Path) -> None:

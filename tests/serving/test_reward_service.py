@@ -19,8 +19,9 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward import ScoreNormalisation
 from rlhf_ray.roles.reward_trainer import new_reward_model
 from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
+from rlhf_ray.serving.args import RewardServiceArgs
+from rlhf_ray.serving.http import http_app
 from rlhf_ray.serving.reward_service import RewardService
-from rlhf_ray.serving.schemas import RewardServiceArgs
 from rlhf_ray.types import Prompt, Rollout
 
 TEXTS = [("The train", " was late."), ("The train", " was lovely!"), ("A much longer prompt than that", ""), ("é", "ß")]
@@ -47,7 +48,7 @@ def service(scorer: RewardScorer) -> RewardService:
 
 @pytest.fixture
 async def client(service: RewardService) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=service.http_app(), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(app=http_app(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         yield client
 
@@ -88,7 +89,7 @@ async def test_requests_under_way_share_forwards(scorer: RewardScorer, monkeypat
     service = RewardService(RewardServiceArgs(model="given", batch_wait_ms=200, max_batch_size=16), scorer)
     batches.clear()
     request = {"prompt": "p", "responses": ["a"]}
-    transport = httpx.ASGITransport(app=service.http_app())
+    transport = httpx.ASGITransport(app=http_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         replies = await asyncio.gather(*(client.post("/v1/score", json=request) for _ in range(16)))
     assert {reply.status_code for reply in replies} == {200}
@@ -101,8 +102,11 @@ async def test_the_model_is_described(client: httpx.AsyncClient, scorer: RewardS
         "id": "mine",
         "version": scorer.version,
         "normalisation": {"mean": 0.5, "std": 2.0},
+        "labels": ["LABEL_0"],
+        "prompt_format": "chat",
         "max_tokens": 512,
         "max_items": 4,
+        "update_error": None,
     }
     assert (await client.get("/healthz")).json() == {"status": "ok"}
     assert (await client.get("/readyz")).json() == {"status": "ready"}
@@ -112,7 +116,7 @@ async def test_the_openapi_page_describes_requests_replies_and_problems(client: 
     assert (await client.get("/docs")).status_code == 200
     description = (await client.get("/openapi.json")).json()
     score = description["paths"]["/v1/score"]["post"]
-    assert set(score["responses"]) == {"200", "413", "422", "500"}
+    assert set(score["responses"]) == {"200", "400", "401", "404", "413", "422", "429", "500", "504"}
     assert score["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("ScoreRequest")
 
 
@@ -120,18 +124,26 @@ async def test_the_openapi_page_describes_requests_replies_and_problems(client: 
     ("body", "status", "sentence"),
     [
         ({"prompt": "p", "responses": []}, 422, "responses: List should have at least 1 item"),
-        ({"prompt": "p"}, 422, 'send either "prompt" and "responses", or "items"'),
+        ({"prompt": "p"}, 422, 'send "prompt" and "responses", or "messages", or "items"'),
         ({"prompt": "p", "responses": ["a"], "items": []}, 422, "items: List should have at least 1 item"),
         (
             {"prompt": "p", "responses": ["a"], "items": [{"prompt": "p", "response": "a"}]},
             422,
-            'send either "prompt" and "responses", or "items"',
+            'send "prompt" and "responses", or "messages", or "items"',
         ),
         ({"prompt": "", "responses": ["a"]}, 422, "prompt: String should have at least 1 character"),
         ({"prompt": "p", "responses": ["a", 3]}, 422, "responses.1: Input should be a valid string"),
         ({"prompt": "p", "responses": "abc"}, 422, "responses: Input should be a valid list"),
         ({"prompt": "p", "response": ["a"]}, 422, "response: Extra inputs are not permitted"),
-        ({"items": [{"prompt": "p"}]}, 422, "items.0.response: Field required"),
+        ({"items": [{"prompt": "p"}]}, 422, 'items.0: send "prompt" and "response", or "messages", or "prompt_ids"'),
+        ({"items": [{"prompt": "p", "response": "r", "response_ids": [1]}]}, 422, "items.0: send"),
+        (
+            {"items": [{"prompt_ids": [1], "response_ids": [10**8]}]},
+            422,
+            "response 1: token id 100000000 is outside the",
+        ),
+        ({"messages": [{"role": "user", "content": "p"}] * 2}, 422, "as the last, the assistant's response to score"),
+        ({"prompt": "p", "responses": ["a"], "model": "other"}, 404, "no model is named 'other' here; there are: mine"),
         ({"prompt": "p", "responses": ["a", "b" * 600]}, 422, "response 2: prompt and response are 6"),
         ({"prompt": "p", "responses": ["a"] * 5}, 413, "the request has 5 responses and 4 are allowed at once"),
         ([], 422, "Input should be a valid"),
@@ -163,9 +175,11 @@ async def test_a_model_that_gives_nan_answers_500_with_the_cause_and_its_neighbo
 ) -> None:
     forward = scorer._forward
 
-    def broken(sequences: Any) -> list[float]:
+    def broken(sequences: Any) -> list[list[float]]:
         marker = scorer.tokenizer("Z", add_special_tokens=False)["input_ids"][0]
-        return [float("nan") if marker in ids else raw for ids, raw in zip(sequences, forward(sequences), strict=True)]
+        return [
+            [float("nan")] if marker in ids else raw for ids, raw in zip(sequences, forward(sequences), strict=True)
+        ]
 
     monkeypatch.setattr(scorer, "_forward", broken)
     bad, good = await asyncio.gather(
@@ -181,7 +195,7 @@ async def test_a_model_that_gives_nan_answers_500_with_the_cause_and_its_neighbo
 def test_a_service_whose_first_forward_fails_does_not_come_up(
     scorer: RewardScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorer, "_forward", lambda sequences: [float("nan")] * len(sequences))
+    monkeypatch.setattr(scorer, "_forward", lambda sequences: [[float("nan")]] * len(sequences))
     with pytest.raises(ScorerError, match="nan"):
         RewardService(RewardServiceArgs(model="given"), scorer)
 
@@ -195,7 +209,7 @@ def test_arguments_follow_the_runs_configuration(tmp_path: Path) -> None:
             "device": "cpu",
         }
     )
-    args = RewardServiceArgs.of_run(config, tmp_path)
+    args = RewardServiceArgs.of_section(config.serve, tmp_path, config.device)
     assert args.model == str(tmp_path)
     assert (args.name, args.replicas, args.num_gpus, args.max_items, args.threads) == ("helpful", 3, 0.5, 7, 2)
     assert args.device == "cpu"
@@ -203,7 +217,8 @@ def test_arguments_follow_the_runs_configuration(tmp_path: Path) -> None:
 
 def test_arguments_have_the_defaults_of_the_configuration() -> None:
     config = RunConfig.model_validate({"model": {"path": "m"}, "prompts": {"path": "p", "eval_path": "e"}})
-    assert RewardServiceArgs.of_run(config, Path("m")) == RewardServiceArgs(model=str(Path("m").resolve()))
+    args = RewardServiceArgs.of_section(config.serve, Path("m"), config.device)
+    assert args == RewardServiceArgs(model=str(Path("m").resolve()))
 
 
 def test_an_unknown_argument_is_refused() -> None:

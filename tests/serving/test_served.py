@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -219,7 +220,7 @@ from pathlib import Path
 from rlhf_ray.config import RunConfig
 from rlhf_ray.stages.serve import serve_forever
 config = RunConfig.model_validate({a_config().model_dump(mode="json")!r})
-serve_forever(config, Path({str(tiny_reward_dir)!r}), announce=lambda line: print(line, flush=True))
+serve_forever(config.serve, Path({str(tiny_reward_dir)!r}), announce=lambda line: print(line, flush=True))
 """
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "RAY_TMPDIR": str(ray_temp_dir)
@@ -242,3 +243,58 @@ serve_forever(config, Path({str(tiny_reward_dir)!r}), announce=lambda line: prin
             process.kill()
     _, left = psutil.wait_procs(started, timeout=30)
     assert left == []
+
+
+def test_the_command_serves_a_folder_with_tls_and_a_key_and_says_how_to_call_it(
+    tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path: Path
+) -> None:
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*make.split(), "-out", str(cert), "-keyout", str(key)], check=True, capture_output=True)
+    secret = "a-key-of-some-length"
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": str(ray_temp_dir),
+        "RLHF_RAY_API_KEYS": secret,
+    }
+    settings = ["port=0", "num_cpus=0.5", "precision=float32", f"tls_cert={cert}", f"tls_key={key}"]
+    command = [str(Path(sys.executable).with_name("rlhf-ray")), "serve", "--model", str(tiny_reward_dir)]
+    command += [part for setting in settings for part in ("--set", f"serve.{setting}")]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            printed = ""
+            while "Ctrl-C ends it" not in printed:
+                line = process.stdout.readline()
+                assert line, printed
+                printed += line
+            told = " ".join(printed.split())
+            url = told.split(" answers at ")[1].split(" ")[0]
+            assert url.startswith("https://127.0.0.1:")
+            assert "Authorization: Bearer $KEY" in told
+            assert secret not in printed
+            with httpx.Client(verify=ssl.create_default_context(cafile=str(cert)), timeout=60) as client:
+                request = {"prompt": "p", "responses": ["a"]}
+                assert client.post(f"{url}/v1/score", json=request).status_code == 401
+                reply = client.post(f"{url}/v1/score", json=request, headers={"Authorization": f"Bearer {secret}"})
+                assert reply.status_code == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_a_service_that_names_nothing_to_serve_or_a_wrong_key_is_refused() -> None:
+    rlhf_ray = str(Path(sys.executable).with_name("rlhf-ray"))
+    for arguments, sentence in (
+        ([], "--model DIR"),
+        (["--model", "none"], "no reward model can be read from none"),
+        (["--model", "none", "--set", "serve.prot=1"], "serve.prot"),
+        (["--model", "none", "--set", "ppo.steps=1"], "only keys of serve can be set"),
+        (["--model", "none", "--set", "serve.tls_cert=a"], "serve.tls_cert and serve.tls_key go together"),
+    ):
+        done = subprocess.run([rlhf_ray, "serve", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done
+        assert sentence in " ".join((done.stdout + done.stderr).split())
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,111 @@
+"""Who may come in: keys and sizes, at the door of the real HTTP face."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.roles.scorer import RewardScorer
+from rlhf_ray.serving.args import RewardServiceArgs
+from rlhf_ray.serving.http import http_app
+from rlhf_ray.serving.keys import is_key, read_keys
+from rlhf_ray.serving.reward_service import RewardService
+
+KEY, OTHER = "a-key-of-some-length", "another-key-of-length"
+REQUEST = {"prompt": "p", "responses": ["a"]}
+
+
+@pytest.fixture
+async def client(tiny_reward_dir: Path, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\n{OTHER}  # theirs\n")
+    service = RewardService(
+        RewardServiceArgs(model="given", max_body_mb=0.001, batch_wait_ms=0),
+        RewardScorer(tiny_reward_dir, precision="float32"),
+    )
+    app = http_app(service, key_digests=read_keys(tmp_path / "keys"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/compare", "/get_reward", "/classify", "/rerank", "/nowhere"])
+@pytest.mark.parametrize(
+    "header",
+    [None, "", KEY, f"Basic {KEY}", "Bearer", "Bearer ", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", "Bearer \xff"],
+)
+async def test_without_a_key_every_door_is_shut(client: httpx.AsyncClient, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    reply = await client.post(path, json=REQUEST, headers=headers)  # type: ignore[arg-type]
+    assert reply.status_code == 401
+    assert reply.headers["WWW-Authenticate"] == "Bearer"
+    assert "Authorization: Bearer KEY" in reply.json()["detail"]
+
+
+async def test_each_key_opens_and_probes_need_none(client: httpx.AsyncClient) -> None:
+    for key in (KEY, OTHER):
+        for scheme in ("Bearer", "bearer"):
+            reply = await client.post("/v1/score", json=REQUEST, headers={"Authorization": f"{scheme} {key}"})
+            assert reply.status_code == 200
+    assert (await client.get("/v1/models")).status_code == 401
+    for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+        assert (await client.get(path)).status_code == 200
+
+
+async def test_a_key_is_written_nowhere(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    good = await client.post("/v1/score", json={"prompt": ""}, headers={"Authorization": f"Bearer {KEY}"})
+    bad = await client.post("/v1/score", json=REQUEST, headers={"Authorization": f"Bearer {KEY}-wrong"})
+    assert (good.status_code, bad.status_code) == (422, 401)
+    assert KEY not in caplog.text + good.text + bad.text
+
+
+async def test_a_body_that_is_too_large_is_refused_said_or_not(client: httpx.AsyncClient) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    said = await client.post("/v1/score", content=b"x" * 2000, headers=headers)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield b" " * 500
+
+    unsaid = await client.post("/v1/score", content=pieces(), headers=headers)
+    for reply in (said, unsaid):
+        assert reply.status_code == 413
+        assert "larger than 0.001 MB" in reply.json()["detail"]
+        assert "serve.max_body_mb" in reply.json()["detail"]
+
+
+async def test_a_page_elsewhere_is_not_let_in(client: httpx.AsyncClient) -> None:
+    reply = await client.options(
+        "/v1/score", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    )
+    assert reply.status_code == 401
+    assert not any(name.startswith("access-control") for name in reply.headers)
+
+
+def test_keys_come_from_the_environment_where_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_RAY_API_KEYS", f"{KEY}, {OTHER},")
+    digests = read_keys(None)
+    assert len(digests) == 2
+    assert KEY not in str(digests)
+    assert is_key(KEY, digests)
+    assert is_key(OTHER, digests)
+    assert not is_key("", digests)
+    monkeypatch.delenv("RLHF_RAY_API_KEYS")
+    assert read_keys(None) == frozenset()
+
+
+def test_keys_that_cannot_protect_are_refused(tmp_path: Path) -> None:
+    short, empty = tmp_path / "short", tmp_path / "empty"
+    short.write_text("tiny\n")
+    empty.write_text("# none yet\n")
+    with pytest.raises(ConfigError, match=r"a key in serve.api_keys_file = .* is shorter than 16 characters") as error:
+        read_keys(short)
+    assert "tiny" not in str(error.value).replace(str(tmp_path), "")
+    with pytest.raises(ConfigError, match=r"holds no key"):
+        read_keys(empty)
+    with pytest.raises(ConfigError, match=r"cannot be read"):
+        read_keys(tmp_path / "none")
