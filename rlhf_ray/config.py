@@ -342,6 +342,9 @@ class ServeConfig(Section):
         10.0, ge=0, description="How long a request waits for others to share its forward, ms."
     )
     max_items: int = Field(64, ge=1, description="Most responses in one HTTP request.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt and response together, tokens; default: what the model can read."
+    )
     max_body_mb: float = Field(8.0, gt=0, description="Largest body of an HTTP request, MB.")
     max_queue_s: float = Field(
         30.0, gt=0, description="Longest wait that an HTTP request may expect; beyond, it is told 429 and Retry-After."

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_ray.errors import DataError, ModelError
@@ -59,6 +61,8 @@ def check_reward_folder(
     Raises:
         ModelError: no configuration with that label, no safetensors file, or a broken score normalisation.
     """
+    if not folder.is_dir():
+        raise ModelError(f"no reward model can be read from {folder}: there is no such folder")
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -104,6 +108,8 @@ def load_reward_model(
     Raises:
         ModelError: the folder holds no such model, or not all of it: a head is never initialised anew.
     """
+    if not Path(folder).is_dir():
+        raise ModelError(f"no reward model can be loaded from {folder}: there is no such folder")
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -116,7 +122,7 @@ def load_reward_model(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         if isinstance(error, ModelError):
             raise
         cause = " ".join(str(error).split())[:300]
@@ -125,22 +131,57 @@ def load_reward_model(
     tokenizer = load_tokenizer(folder, need_chat_template=False, need_eos=False, trust_remote_code=trust_remote_code)
     config = model.config.get_text_config()
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
     switch_off_dropout(model).eval().requires_grad_(False)
     return model, tokenizer, ScoreNormalisation.load(Path(folder))
 
 
-def model_version(folder: str | Path) -> str:
-    """``name@digest``: the folder's name and 12 hex digits of the SHA-256 over its weight files, in name order.
+def padding_token(tokenizer: Any) -> str:
+    """A token that is not EOS: what stands in the padding is masked, only where it begins must be seen.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the tokenizer has no other token.
     """
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
-    if not files:
+    named = [tokenizer.pad_token, *tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens([0, 1])]
+    for token in (tokenizer.unk_token, *named):
+        if token is not None and token != tokenizer.eos_token:
+            return str(token)
+    raise ModelError('the tokenizer has no token to pad with; name one as "pad_token" in its tokenizer_config.json')
+
+
+def longest_input(model: Any, tokenizer: Any, context: int) -> int:
+    """Tokens that the model can read: fewer than its context where its tokenizer says so, or where its table of
+    positions begins behind the padding index, as RoBERTa's does.
+    """
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    used = max(
+        (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0
+    )
+    return min(context - used, tokenizer.model_max_length)
+
+
+def version_files(folder: str | Path) -> list[Path]:
+    """What a model's scores follow from: weights, configuration, tokenizer, normalisation, settings; in name order."""
+    settings = ("config.json", "rlhf_ray.json", NORMALISATION_FILE, "chat_template.jinja")
+    found = [path for path in Path(folder).glob("*") if path.name in settings or path.name.startswith("tokenizer")]
+    return sorted([*found, *Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
+
+
+def model_version(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> str:
+    """``name@digest``: the folder's name and 12 hex digits of the SHA-256 over what its scores follow from.
+
+    Args:
+        overrides: what is read otherwise than the folder says.
+
+    Raises:
+        ModelError: it has no weights.
+    """
+    files = version_files(folder)
+    if not any(path.suffix in (".safetensors", ".bin") for path in files):
         raise ModelError(f"{folder} has no safetensors file; give a folder that save_pretrained has written")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode() if overrides else b"")
     for path in files:
+        digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{Path(folder).resolve().name}@{digest.hexdigest()[:12]}"

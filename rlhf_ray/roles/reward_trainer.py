@@ -32,6 +32,7 @@ from rlhf_ray.config import RewardConfig
 from rlhf_ray.data.preferences import TokenPair
 from rlhf_ray.errors import ConfigError, ModelError, NumericalError
 from rlhf_ray.models.loading import quiet
+from rlhf_ray.models.reward import padding_token
 from rlhf_ray.roles.reward_checkpoints import BEST_FILE, KeepBest, KeepCheckpoints, validation_losses
 
 _PROGRESS_NOTICES = 50
@@ -150,7 +151,7 @@ def new_reward_model(folder: Path, tokenizer: Any, *, freeze_layers: int = 0, tr
             f"{type(model).__name__} has no linear head named score; set model.path to a decoder model such as a Llama"
         )
     torch.nn.init.zeros_(head.weight)
-    tokenizer.pad_token = _pad_token(tokenizer)
+    tokenizer.pad_token = padding_token(tokenizer)
     tokenizer.padding_side = "right"
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if freeze_layers:
@@ -322,12 +323,6 @@ def _dataset(pairs: Sequence[TokenPair]) -> Any:
 
 def _steps(section: RewardConfig, pairs: int) -> int:
     return math.ceil(math.ceil(pairs / section.batch_size) * section.epochs)
-
-
-def _pad_token(tokenizer: Any) -> str:
-    """A token that is not EOS: what stands in the padding is masked, only where it begins must be seen."""
-    named = [tokenizer.pad_token, *tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens([0, 1])]
-    return next(token for token in (tokenizer.unk_token, *named) if token is not None and token != tokenizer.eos_token)
 
 
 def _freeze(model: Any, layers: int) -> None:

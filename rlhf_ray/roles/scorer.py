@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from jinja2 import TemplateError
 
 from rlhf_ray.config import Precision, ReadFormat
 from rlhf_ray.data.preferences import as_dialogue
 from rlhf_ray.data.prompts import encode_prompt
 from rlhf_ray.errors import DataError, ModelError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
-from rlhf_ray.models.reward import find_label, load_reward_model, model_version, reward_input
+from rlhf_ray.models.reward import find_label, load_reward_model, longest_input, model_version, reward_input
 from rlhf_ray.types import Rollout, Score, Turn
 
 PromptFormat = Literal["text", "chat"]
@@ -107,6 +108,7 @@ class RewardScorer:
         max_batch_size: int = 16,
         label: str | int | None = None,
         prompt_format: ReadFormat | None = None,
+        max_tokens: int | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
@@ -120,6 +122,7 @@ class RewardScorer:
             max_batch_size: most sequences in one forward.
             label: name or index of the label to score by, of a model with several.
             prompt_format: how texts are put to the model; default: what its rlhf_ray.json says.
+            max_tokens: longest sequence to take, where the model could read more.
             trust_remote_code: run Python code that comes with the model.
             allow_pickle: read weights in pickle files too.
 
@@ -143,12 +146,14 @@ class RewardScorer:
             raise ModelError(
                 f"the tokenizer of {folder} has no EOS token, which a model of prompts and responses reads"
             )
-        self.version: str = model_version(folder)
+        overrides = {"label": label, "prompt_format": prompt_format}
+        self.version: str = model_version(folder, {key: value for key, value in overrides.items() if value is not None})
         text_config = model.config.get_text_config()
         self._vocabulary: int = text_config.vocab_size
         self._pad_id: int = text_config.pad_token_id
-        self.max_tokens = context_length(folder, trust_remote_code=trust_remote_code)
-        """Longest sequence that the model can read, EOS included."""
+        readable = longest_input(model, self.tokenizer, context_length(folder, trust_remote_code=trust_remote_code))
+        self.max_tokens = readable if max_tokens is None else min(readable, max_tokens)
+        """Longest sequence that is taken, EOS included."""
 
     def text_ids(self, prompt: str, response: str, *, turns: Sequence[Turn] = ()) -> list[int]:
         """Token ids of a prompt and a response given as texts.
@@ -179,7 +184,10 @@ class RewardScorer:
         *before, response = turns
         if [turn.role for turn in before] == ["user"]:
             return self.text_ids(before[0].content, response.content)
-        return self.text_ids(as_dialogue(before), response.content, turns=before)
+        try:
+            return self.text_ids(as_dialogue(before), response.content, turns=before)
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses these messages: {error}") from error
 
     def whole_text_ids(self, text: str) -> list[int]:
         """Token ids of a prompt and its response as one text, special tokens spelt out; one EOS ends it.
@@ -202,16 +210,18 @@ class RewardScorer:
         """
         if self.prompt_format == "response":
             raise DataError(f"{self.version} reads texts by a tokenizer of its own; send the response as text")
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(f"the tokenizer of {self.version} has no EOS, where a model of token ids reads its score")
         return reward_input(prompt_ids, response_ids, eos_id=self.tokenizer.eos_token_id)
 
     def rollout_ids(self, rollout: Rollout) -> list[int]:
         """The rollout's own token ids as the model reads them; nothing is tokenised again."""
         return self.token_ids(rollout.prompt.token_ids, rollout.response_ids)
 
-    def warm_up_ids(self) -> list[int]:
-        """One token that every tokenizer of this model has."""
+    def warm_up_ids(self, length: int) -> list[int]:
+        """A sequence that every tokenizer of this model could give."""
         eos = self.tokenizer.eos_token_id
-        return [self._pad_id if eos is None else eos]
+        return [self._pad_id if eos is None else eos] * length
 
     def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Score]:
         """One score for each prompt and its response."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlhf_ray.config import Device, Precision, ReadFormat, ServeConfig, ServedModelConfig
 
@@ -43,12 +43,19 @@ class RewardServiceArgs(BaseModel):
     max_batch_tokens: int = _as_in_config("max_batch_tokens", ge=1)
     batch_wait_ms: float = _as_in_config("batch_wait_ms", ge=0)
     max_items: int = _as_in_config("max_items", ge=1)
+    max_tokens: int | None = _as_in_config("max_tokens", ge=1)
     max_body_mb: float = _as_in_config("max_body_mb", gt=0)
     max_queue_s: float = _as_in_config("max_queue_s", gt=0)
     request_timeout_s: float = _as_in_config("request_timeout_s", gt=0)
     threads: int = _as_in_config("threads", ge=0)
     trust_remote_code: bool = _as_in_config("trust_remote_code")
     allow_pickle: bool = _as_in_config("allow_pickle")
+
+    @model_validator(mode="after")
+    def _one_of_each_name(self) -> RewardServiceArgs:
+        if self.name in self.models:
+            raise ValueError(f"models names {self.name!r}, which is the first model's name; choose another")
+        return self
 
     @classmethod
     def of_section(cls, section: ServeConfig, model_folder: Path, device: Device) -> RewardServiceArgs:

@@ -38,6 +38,8 @@ class Forward:
     """One forward, as the metrics see it."""
 
     rows: int
+    scored: int
+    """Rows that got a score."""
     tokens: int
     """Without padding."""
     padded_tokens: int
@@ -63,6 +65,7 @@ class Batcher:
         max_batch_size: int,
         max_batch_tokens: int,
         wait_seconds: float,
+        warm_up: Forward | None = None,
         on_forward: Callable[[Forward], None] = lambda forward: None,
     ) -> None:
         """
@@ -70,6 +73,7 @@ class Batcher:
             forward: scores a batch of token-id sequences; runs in a thread of its own.
             max_batch_tokens: most tokens in a forward, padding included; a longer sequence goes alone.
             wait_seconds: how long an idle model waits for company before it begins.
+            warm_up: one that has been, which the expected wait is reckoned from until there are others.
             on_forward: hears of each forward.
         """
         self._forward = forward
@@ -79,6 +83,9 @@ class Batcher:
         self._on_forward = on_forward
         self._waiting: list[_Waiting] = []
         self._running_tokens = 0
+        self._warm_up = [warm_up] if warm_up else []
+        self.failures = 0
+        """Forwards in a row that gave no score at all."""
         self._recent: deque[Forward] = deque(maxlen=_RATE_WINDOW)
         self._full = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
@@ -96,8 +103,8 @@ class Batcher:
             ScorerError: a sequence of this call has no score; other callers are not concerned.
             OverloadedError: it would wait too long.
         """
-        if max_wait_seconds is not None and (wait := self.expected_wait()) > max_wait_seconds:
-            raise OverloadedError(wait)
+        if max_wait_seconds is not None:
+            self.refuse_if_overloaded(max_wait_seconds)
         loop, now = asyncio.get_running_loop(), time.monotonic()
         entries = [_Waiting(ids, loop.create_future(), now) for ids in sequences]
         self._waiting += entries
@@ -112,10 +119,21 @@ class Batcher:
             readings.append(verdict)
         return readings
 
+    def refuse_if_overloaded(self, max_wait_seconds: float) -> None:
+        """Raises:
+        OverloadedError: what comes now would wait longer than that for its forward to begin.
+        """
+        if (wait := self.expected_wait()) > max_wait_seconds:
+            raise OverloadedError(wait)
+
     def expected_wait(self) -> float:
-        """Seconds until a sequence that came now would begin, at the rate of the last forwards; 0 before the first."""
-        seconds = sum(forward.seconds for forward in self._recent)
-        tokens = sum(forward.tokens for forward in self._recent)
+        """Seconds until a sequence that came now would begin, at the rate of the last forwards; 0 before the first.
+
+        The warm-up counts among them: after a few short sequences alone, the rate says little about full batches.
+        """
+        seen = [*self._warm_up, *self._recent]
+        seconds = sum(forward.seconds for forward in seen)
+        tokens = sum(forward.tokens for forward in seen)
         ahead = self._running_tokens + sum(len(entry.ids) for entry in self._waiting if not entry.verdict.done())
         return ahead * seconds / tokens if tokens else 0.0
 
@@ -137,22 +155,28 @@ class Batcher:
                 verdicts = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._forward, [entry.ids for entry in batch]
                 )
+                if len(verdicts) != len(batch):
+                    raise ValueError(f"{len(verdicts)} verdicts on {len(batch)} sequences")
             except Exception as error:  # noqa: BLE001 (each caller gets the cause)
                 cause = ScorerError(f"the forward of the reward model failed: {type(error).__name__}: {error}")
                 verdicts = [cause] * len(batch)
             self._running_tokens = 0
+            for entry, verdict in zip(batch, verdicts, strict=True):
+                if not entry.verdict.done():
+                    entry.verdict.set_result(verdict)
+            scored = sum(isinstance(verdict, Reading) for verdict in verdicts)
+            self.failures = 0 if scored else self.failures + 1
             forward = Forward(
                 rows=len(batch),
+                scored=scored,
                 tokens=sum(tokens),
                 padded_tokens=len(batch) * max(tokens),
                 seconds=time.monotonic() - began,
                 waited_seconds=began - min(entry.since for entry in batch),
             )
-            self._recent.append(forward)
+            if scored:
+                self._recent.append(forward)
             self._on_forward(forward)
-            for entry, verdict in zip(batch, verdicts, strict=True):
-                if not entry.verdict.done():
-                    entry.verdict.set_result(verdict)
 
     def _next_batch(self) -> list[_Waiting]:
         """The item that waited longest and those nearest to it in length; callers who gave up are left out."""

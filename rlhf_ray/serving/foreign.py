@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_ray.serving.schemas import ModelName, PromptText, Text
+from rlhf_ray.serving.schemas import ModelName, PromptText, Text, TokenId
 
 
 class Foreign(BaseModel):
@@ -41,15 +41,26 @@ class GetRewardResponse(Foreign):
 
 
 class ClassifyRequest(Foreign):
-    """vLLM: whole texts."""
+    """vLLM: whole texts, or token ids as the model reads them."""
 
-    input: Annotated[list[Text], Field(min_length=1)] | Text
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
     model: ModelName = None
-    use_activation: bool = Field(True, description="False: the head's raw output instead of probabilities.")
+    use_activation: bool | None = Field(None, description="False: the head's raw output instead of probabilities.")
+    add_special_tokens: None = Field(None, description="Not taken: the model decides how a text is put to it.")
+    truncate_prompt_tokens: None = Field(None, description="Not taken: a text that is too long is refused.")
 
-    def texts(self) -> list[str]:
-        """The texts, one or many."""
-        return [self.input] if isinstance(self.input, str) else self.input
+    def inputs(self) -> list[str] | list[list[int]]:
+        """Texts or sequences of token ids, one or many."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [self.input]
+        return self.input
 
 
 class Usage(Foreign):

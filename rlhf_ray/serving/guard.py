@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,14 +16,18 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 class Guard:
     """Answers 401 to who has no key and 413 to a body that is too large, before anything reads the request."""
 
-    def __init__(self, app: ASGIApp, *, key_digests: Collection[str], max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, key_digests: Collection[str], max_body_bytes: int, on_refusal: Callable[[int], None]
+    ) -> None:
         """
         Args:
             key_digests: of the keys that open the door; with none it stands open.
+            on_refusal: hears of each status that is answered here.
         """
         self._app = app
         self._key_digests = key_digests
         self._max_body_bytes = max_body_bytes
+        self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,10 +39,12 @@ class Guard:
                 401,
                 headers={"WWW-Authenticate": "Bearer"},
             )
+            self._on_refusal(401)
             await answer(scope, receive, send)
             return
         body = await self._body(scope, receive)
         if body is None:
+            self._on_refusal(413)
             limit = f"{self._max_body_bytes / 1e6:g}"
             detail = f"the body is larger than {limit} MB; send several requests, or raise serve.max_body_mb"
             await JSONResponse({"detail": detail}, 413)(scope, receive, send)

@@ -56,8 +56,10 @@ def http_app(service: RewardService, *, key_digests: Collection[str] = ()) -> Fa
     scoring.post("/rerank", tags=["as Jina and Cohere"])(service.rerank)
     app.include_router(scoring)
     app.get("/healthz")(service.healthz)
-    app.get("/readyz")(service.readyz)
-    app.add_middleware(Guard, key_digests=key_digests, max_body_bytes=service.max_body_bytes)
+    app.get("/readyz", responses={500: _PROBLEMS[500]})(service.readyz)
+    app.add_middleware(
+        Guard, key_digests=key_digests, max_body_bytes=service.max_body_bytes, on_refusal=service.count_refusal
+    )
 
     def problem(status: int, detail: str, **headers: str) -> JSONResponse:
         service.count_refusal(status)

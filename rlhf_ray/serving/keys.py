@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,7 +19,10 @@ MIN_KEY_LENGTH = 16
 
 
 def read_keys(path: Path | None) -> frozenset[str]:
-    """SHA-256 hex digests of the keys in a file (one a line, # begins a comment), or else in ``RLHF_RAY_API_KEYS``.
+    """SHA-256 hex digests of the keys in a file, or else in ``RLHF_RAY_API_KEYS``, with commas between.
+
+    Args:
+        path: one key a line; # begins a comment, at the line's start or after a space.
 
     Raises:
         ConfigError: the file cannot be read or has no key, or a key is too short.
@@ -32,13 +36,17 @@ def read_keys(path: Path | None) -> frozenset[str]:
             lines = path.expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where} cannot be read: {error}") from error
-        keys = [line.split("#", 1)[0].strip() for line in lines]
+        keys = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
         if not any(keys):
             raise ConfigError(f"{where} holds no key; write one on each line, such as `openssl rand -hex 16` gives")
     keys = [key for key in keys if key]
     if any(len(key) < MIN_KEY_LENGTH for key in keys):
         raise ConfigError(
             f"a key in {where} is shorter than {MIN_KEY_LENGTH} characters; `openssl rand -hex 16` makes one"
+        )
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise ConfigError(
+            f"a key in {where} has a space or a letter beyond ASCII, which no header can carry; make another"
         )
     return frozenset(map(_digest, keys))
 

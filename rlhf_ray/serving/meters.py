@@ -28,7 +28,8 @@ class Meters:
 
     def forward(self, name: str, version: str, forward: Forward) -> None:
         """Count one."""
-        self._scores.inc(forward.rows, {"model": name, "version": version})
+        if forward.scored:
+            self._scores.inc(forward.scored, {"model": name, "version": version})
         self._forward.observe(max(forward.seconds, 1e-9), {"model": name})
         self._waited.observe(max(forward.waited_seconds, 1e-9), {"model": name})
         self._rows.observe(forward.rows, {"model": name})

@@ -13,17 +13,21 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlhf_ray.config import ServedModelConfig
-from rlhf_ray.errors import DataError, RlhfRayError
+from rlhf_ray.errors import ConfigError, DataError, ScorerError
 from rlhf_ray.models.loading import return_freed_memory
+from rlhf_ray.models.reward import version_files
 from rlhf_ray.roles.scorer import Reading, RewardScorer, sigmoid
 from rlhf_ray.serving.args import RewardServiceArgs
-from rlhf_ray.serving.batcher import Batcher
+from rlhf_ray.serving.batcher import Batcher, Forward
 from rlhf_ray.serving.foreign import (
     Classified,
     ClassifyRequest,
@@ -52,6 +56,12 @@ from rlhf_ray.types import Rollout, Score
 
 log = logging.getLogger("rlhf_ray.serving")
 
+FAILURES_OF_THE_SICK = 3
+"""Forwards in a row without a score after which a replica is replaced."""
+
+WARM_UP_TOKENS = 32
+"""Of each row of the warm-up that the first expected waits are reckoned from."""
+
 
 class UnknownModelError(Exception):
     """A request names a model that is not served."""
@@ -69,7 +79,7 @@ class ServedModel:
     scorer: RewardScorer
     batcher: Batcher
     files: tuple[tuple[str, int, int], ...]
-    """(name, bytes, time of change) of its weights when they were loaded."""
+    """(name, bytes, time of change) of what it was loaded from."""
     update_error: str | None = None
 
     @property
@@ -95,11 +105,14 @@ class RewardService:
         self._args = args
         self._meters = Meters()
         self._changing = asyncio.Lock()
+        self._configured = False
+        self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._background: set[asyncio.Task[None]] = set()
         self._models: dict[str, ServedModel] = {}
         for name, config in args.served_models().items():
             given = scorer if name == args.name else None
-            self._models[name] = self._served(name, config, given or self._load(config))
+            files = _files(config)
+            self._models[name] = self._served(name, config, given or self._load(config), files)
 
     @property
     def max_body_bytes(self) -> int:
@@ -111,11 +124,23 @@ class RewardService:
 
         A model that cannot be loaded leaves its old version in service; the log and ``/v1/models`` say why. The model
         that requests get by default stays until another one takes its name.
+
+        Raises:
+            RlhfRayError: at the first call of a process, which has nothing older to go on with. Later ones raise
+                nothing: Serve would answer by ending the replica.
         """
-        wanted = {name: ServedModelConfig.model_validate(value) for name, value in user_config["models"].items()}
         async with self._changing:
+            try:
+                wanted = _wanted(user_config)
+            except ConfigError as error:
+                if not self._configured:
+                    raise
+                log.error("%s", error)
+                self._models = {n: replace(model, update_error=str(error)) for n, model in self._models.items()}
+                return
             for name, config in wanted.items():
                 await self._change(name, config)
+            self._configured = True
             for name in set(self._models) - {self._args.name, *wanted}:
                 self._retire(self._models.pop(name))
 
@@ -161,10 +186,16 @@ class RewardService:
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
         """vLLM's classes and probabilities."""
         model = self._model(request.model)
-        ids = [partial(model.scorer.whole_text_ids, text) for text in request.texts()]
+        ids: list[Callable[[], list[int]]] = [
+            partial(model.scorer.whole_text_ids, given) if isinstance(given, str) else partial(list, given)
+            for given in request.inputs()
+        ]
         tokens: list[int] = []
         readings = await self._read(model, ids, tokens)
-        data = [_classified(index, model, reading, request.use_activation) for index, reading in enumerate(readings)]
+        data = [
+            _classified(index, model, reading, request.use_activation is not False)
+            for index, reading in enumerate(readings)
+        ]
         return ClassifyResponse(
             id=f"classify-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -203,8 +234,23 @@ class RewardService:
         return Status(status="ok")
 
     async def readyz(self) -> Status:
-        """The models are loaded and score."""
+        """The models are loaded and score.
+
+        Raises:
+            ScorerError: one no longer does.
+        """
+        await self.check_health()
         return Status(status="ready")
+
+    async def check_health(self) -> None:
+        """Serve calls this, and replaces a replica for which it raises.
+
+        Raises:
+            ScorerError: the last forwards of a model all failed, as after an error that a GPU does not get over.
+        """
+        for name, model in self._models.items():
+            if model.batcher.failures >= FAILURES_OF_THE_SICK:
+                raise ScorerError(f"model {name} gave no score in {model.batcher.failures} forwards in a row")
 
     def count_refusal(self, status: int) -> None:
         """Tell the meters."""
@@ -235,19 +281,14 @@ class RewardService:
                 f"the request has {len(encoders)} responses and {self._args.max_items} are allowed at once; "
                 "send several requests, or raise serve.max_items"
             )
-        encoded = []
-        for number, encode in enumerate(encoders, start=1):
-            try:
-                ids = encode()
-            except DataError as error:
-                raise DataError(f"response {number}: {error}") from error
-            if refusal := model.scorer.refusal(ids):
-                raise DataError(f"response {number}: {refusal}")
-            encoded.append(ids)
-        if tokens is not None:
-            tokens += map(len, encoded)
+        model.batcher.refuse_if_overloaded(self._args.max_queue_s)
         async with asyncio.timeout(self._args.request_timeout_s):
-            return await model.batcher.score(encoded, max_wait_seconds=self._args.max_queue_s)
+            # In a thread: a long text takes a while, and the others are to be answered meanwhile.
+            encode = partial(_encode_all, model, encoders)
+            encoded = await asyncio.get_running_loop().run_in_executor(self._encoding, encode)
+            if tokens is not None:
+                tokens += map(len, encoded)
+            return await model.batcher.score(encoded)
 
     def _load(self, config: ServedModelConfig) -> RewardScorer:
         """A model that has run a forward: the first one of a process takes seconds.
@@ -266,34 +307,48 @@ class RewardService:
             max_batch_size=args.max_batch_size,
             label=config.label,
             prompt_format=config.prompt_format,
+            max_tokens=args.max_tokens,
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
         )
 
-    def _served(self, name: str, config: ServedModelConfig, scorer: RewardScorer) -> ServedModel:
-        scorer.score_ids([scorer.warm_up_ids()])
+    def _served(
+        self, name: str, config: ServedModelConfig, scorer: RewardScorer, files: tuple[tuple[str, int, int], ...]
+    ) -> ServedModel:
+        scorer.score_ids([scorer.warm_up_ids(1)])  # the first forward of a process is not like those that follow
+        rows, length = self._args.max_batch_size, min(WARM_UP_TOKENS, scorer.max_tokens)
+        began = time.monotonic()
+        scorer.score_ids([scorer.warm_up_ids(length)] * rows)
+        seconds, tokens = time.monotonic() - began, rows * length
+        warm_up = Forward(
+            rows=rows, scored=rows, tokens=tokens, padded_tokens=tokens, seconds=seconds, waited_seconds=0.0
+        )
         batcher = Batcher(
             scorer.verdicts,
             max_batch_size=self._args.max_batch_size,
             max_batch_tokens=self._args.max_batch_tokens,
             wait_seconds=self._args.batch_wait_ms / 1000,
+            warm_up=warm_up,
             on_forward=partial(self._meters.forward, name, scorer.version),
         )
-        return ServedModel(config=config, scorer=scorer, batcher=batcher, files=_weight_files(config))
+        return ServedModel(config=config, scorer=scorer, batcher=batcher, files=files)
 
     async def _change(self, name: str, config: ServedModelConfig) -> None:
         """Take one model over in its new version, unless it is the one that is served already."""
         old = self._models.get(name)
-        if old is not None and old.config == config and old.files == _weight_files(config):
-            return
         try:
+            files = _files(config)
+            if old is not None and old.config == config and old.files == files:
+                self._models[name] = replace(old, update_error=None)
+                return
             scorer = await asyncio.to_thread(self._load, config)
-            new = await asyncio.to_thread(self._served, name, config, scorer)
-        except RlhfRayError as error:
-            log.error("model %s stays as it is: %s", name, error)
-            if old is None:
+            new = await asyncio.to_thread(self._served, name, config, scorer, files)
+        except Exception as error:
+            if not self._configured:
                 raise
-            self._models[name] = replace(old, update_error=str(error))
+            log.error("model %s stays as it is: %s: %s", name, type(error).__name__, error)
+            if old is not None:
+                self._models[name] = replace(old, update_error=str(error))
             return
         self._models[name] = new
         if old is not None:
@@ -303,11 +358,7 @@ class RewardService:
     def _retire(self, old: ServedModel) -> None:
         """Let what waits for it be answered, then give its memory back."""
 
-        async def drain() -> None:
-            await old.batcher.idle()
-            await asyncio.to_thread(return_freed_memory)
-
-        task = asyncio.create_task(drain())
+        task = asyncio.create_task(_drain(old))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -339,7 +390,41 @@ def _classified(index: int, model: ServedModel, reading: Reading, use_activation
     return Classified(index=index, label=model.scorer.labels[likeliest], probs=values, num_classes=len(values))
 
 
-def _weight_files(config: ServedModelConfig) -> tuple[tuple[str, int, int], ...]:
-    """What tells that a folder's weights were replaced, without reading them."""
-    found = sorted(path for path in Path(config.folder).glob("*") if path.suffix in (".safetensors", ".bin"))
-    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+async def _drain(old: ServedModel) -> None:
+    """Wait until nothing waits for it, then give its memory back: nobody else holds it."""
+    await old.batcher.idle()
+    del old
+    await asyncio.to_thread(return_freed_memory)
+
+
+def _encode_all(model: ServedModel, encoders: Sequence[Callable[[], list[int]]]) -> list[list[int]]:
+    """Raises:
+    DataError: a response cannot be read; with its number.
+    """
+    encoded = []
+    for number, encode in enumerate(encoders, start=1):
+        try:
+            ids = encode()
+        except DataError as error:
+            raise DataError(f"response {number}: {error}") from error
+        if refusal := model.scorer.refusal(ids):
+            raise DataError(f"response {number}: {refusal}")
+        encoded.append(ids)
+    return encoded
+
+
+def _wanted(user_config: Mapping[str, Any]) -> dict[str, ServedModelConfig]:
+    """Raises:
+    ConfigError: it is not of the form ``{"models": {name: {"folder": ...}}}``.
+    """
+    try:
+        return {name: ServedModelConfig.model_validate(value) for name, value in user_config["models"].items()}
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ConfigError(f"user_config must be {{models: {{NAME: {{folder: DIR}}}}}}: {cause}") from error
+
+
+def _files(config: ServedModelConfig) -> tuple[tuple[str, int, int], ...]:
+    """What tells that a folder's content was replaced, without reading it."""
+    stats = [(path.name, path.stat()) for path in version_files(config.folder)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

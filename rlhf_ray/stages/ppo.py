@@ -114,7 +114,10 @@ def reward_model_folder(config: RunConfig) -> Path:
             f"there is no reward model in {folder}; train one with `rlhf-ray reward`, "
             "or name its folder with serve.model"
         )
-    check_reward_folder(folder, label=config.serve.label)
+    section = config.serve
+    check_reward_folder(
+        folder, label=section.label, trust_remote_code=section.trust_remote_code, allow_pickle=section.allow_pickle
+    )
     return folder
 
 

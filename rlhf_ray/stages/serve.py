@@ -119,15 +119,11 @@ def serve_forever(
     """
     check_models(section, model_folder)
     keys = bool(read_keys(section.api_keys_file))
-    if not keys and section.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning(
-            "serve.host = %s is open to the network and asks for no key; name some in serve.api_keys_file", section.host
-        )
     with connected():
         served = _start(section, model_folder=model_folder, device=device)
         try:
             announce(f"reward model {served.name} answers at {served.url} (documentation: {served.url}/docs)")
-            announce(f"try: {curl_line(served.url, with_key=keys)}")
+            announce(f"try: {curl_line(served.url, with_key=keys, certificate=section.tls_cert)}")
             announce("Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
@@ -152,12 +148,12 @@ def check_models(section: ServeConfig, model_folder: Path) -> None:
         )
 
 
-def curl_line(url: str, *, with_key: bool = False) -> str:
+def curl_line(url: str, *, with_key: bool = False, certificate: Path | None = None) -> str:
     """A shell command that scores two responses."""
     body = json.dumps({"prompt": "The train", "responses": [" was late again.", " was a joy!"]})
     key = '-H "Authorization: Bearer $KEY" ' if with_key else ""
-    insecure = "-k " if url.startswith("https") else ""
-    return f"curl -s {insecure}{url}/v1/score {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
+    trusted = f"--cacert {shlex.quote(str(certificate))} " if certificate else ""
+    return f"curl -s {trusted}{url}/v1/score {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
@@ -171,6 +167,7 @@ def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
             http_options=_http_options(section, port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
+        _warn_if_open(section, section.host)
         return _base_url(section.host, port, tls=section.tls_cert is not None), set()
     details = client.get_serve_details()
     options = details["http_options"]
@@ -180,13 +177,25 @@ def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
             f"serve.port = {section.port}, and Serve listens on {host}:{port} on this cluster already, which the first "
             f"start fixes; set serve.port to {port}, or to 0 for whatever is there"
         )
+    tls = bool(options.get("ssl_certfile"))
+    if section.tls_cert is not None and not tls:
+        raise ConfigError(
+            "serve.tls_cert is set, and Serve on this cluster listens without TLS, which its first start fixes; "
+            "leave it out, or serve on another cluster"
+        )
     if section.name in details["applications"]:
         raise ConfigError(
             f"serve.name = {section.name} is an application on this cluster already; choose another serve.name, or end "
             "the run that owns it"
         )
     taken = {app["route_prefix"] for app in details["applications"].values()}
-    return _base_url(host, port, tls=bool(options.get("ssl_certfile"))), taken
+    _warn_if_open(section, host)
+    return _base_url(host, port, tls=tls), taken
+
+
+def _warn_if_open(section: ServeConfig, host: str) -> None:
+    if host not in ("127.0.0.1", "::1", "localhost") and not read_keys(section.api_keys_file):
+        log.warning("%s is open to the network and asks for no key; name some in serve.api_keys_file", host)
 
 
 def _http_options(section: ServeConfig, port: int) -> dict[str, Any]:

@@ -141,7 +141,7 @@ async def test_a_forward_holds_no_more_tokens_than_it_may_and_a_longer_sequence_
 async def test_a_call_that_would_wait_too_long_is_refused_and_says_how_long() -> None:
     forward = FirstToken()
     batcher = a_batcher(forward)
-    batcher._recent.append(Forward(rows=1, tokens=100, padded_tokens=100, seconds=1.0, waited_seconds=0.0))
+    batcher._recent.append(Forward(rows=1, scored=1, tokens=100, padded_tokens=100, seconds=1.0, waited_seconds=0.0))
     forward.go.clear()
     first = asyncio.create_task(batcher.score([[1] * 200], max_wait_seconds=0.5))
     await forward.began.wait()
@@ -161,5 +161,38 @@ async def test_each_forward_is_reported() -> None:
     batcher = Batcher(FirstToken(), max_batch_size=4, max_batch_tokens=100, wait_seconds=0.02, on_forward=seen.append)
     await batcher.score([[1], [2, 2, 2]])
     (forward,) = seen
-    assert (forward.rows, forward.tokens, forward.padded_tokens) == (2, 4, 6)
+    assert (forward.rows, forward.scored, forward.tokens, forward.padded_tokens) == (2, 2, 4, 6)
     assert forward.waited_seconds >= 0.01
+
+
+async def test_the_warm_up_keeps_a_few_short_calls_from_making_the_wait_look_long() -> None:
+    warm_up = Forward(rows=16, scored=16, tokens=1000, padded_tokens=1000, seconds=1.0, waited_seconds=0.0)
+    batcher = Batcher(FirstToken(), max_batch_size=8, max_batch_tokens=10**6, wait_seconds=0, warm_up=warm_up)
+    batcher._recent.append(Forward(rows=1, scored=1, tokens=10, padded_tokens=10, seconds=0.1, waited_seconds=0.0))
+    batcher._running_tokens = 1010
+    assert batcher.expected_wait() == pytest.approx(1.1)
+
+
+async def test_failures_in_a_row_are_counted_and_a_score_ends_the_count() -> None:
+    batcher = a_batcher(FirstToken())
+    for expected in (1, 2):
+        with pytest.raises(ScorerError):
+            await batcher.score([[13]])
+        await batcher.idle()
+        assert batcher.failures == expected
+    await batcher.score([[1]])
+    await batcher.idle()
+    assert batcher.failures == 0
+
+
+async def test_a_forward_with_too_few_verdicts_or_a_meter_that_breaks_leaves_nobody_waiting() -> None:
+    def broken(forward: Forward) -> None:
+        raise RuntimeError("meter")
+
+    short = Batcher(
+        lambda sequences: [a_reading(1.0)], max_batch_size=8, max_batch_tokens=100, wait_seconds=0.02, on_forward=broken
+    )
+    async with asyncio.timeout(10):
+        with pytest.raises(ScorerError, match="1 verdicts on 2 sequences"):
+            await short.score([[1], [2]])
+        assert await short.score([[1]]) == [a_reading(1.0)]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config import ServedModelConfig
-from rlhf_ray.errors import ModelError
+from rlhf_ray.errors import ModelError, ScorerError
+from rlhf_ray.models.reward import ScoreNormalisation
 from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.serving.args import RewardServiceArgs
 from rlhf_ray.serving.http import http_app
@@ -217,15 +218,104 @@ async def test_a_new_version_takes_over_under_load_and_no_reply_mixes_the_two(
     assert names == ["reward"]
 
 
+def a_damaged_copy(folder: Path, tmp_path: Path) -> Path:
+    """As one that is still being copied."""
+    shutil.copytree(folder, tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    return tmp_path / "half"
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("missing", "no reward model can be loaded from"),
+        ("damaged", "no reward model can be loaded from"),
+        ("misspelt", "user_config must be"),
+        ("empty", "user_config must be"),
+    ],
+)
 async def test_a_version_that_cannot_be_loaded_leaves_the_old_one_and_says_so(
-    service: RewardService, client: httpx.AsyncClient, tmp_path: Path, scorer: RewardScorer
+    service: RewardService,
+    client: httpx.AsyncClient,
+    tmp_path: Path,
+    scorer: RewardScorer,
+    tiny_reward_dir: Path,
+    what: str,
+    cause: str,
 ) -> None:
-    await service.reconfigure({"models": {"reward": {"folder": str(tmp_path / "none")}}})
+    same = {"models": service._args.model_dump()["models"] | {"reward": {"folder": str(tiny_reward_dir)}}}
+    await service.reconfigure(same)  # as Serve does at the start
+    wrong: dict[str, object] = {
+        "missing": {"models": {"reward": {"folder": str(tmp_path / "none")}}},
+        "damaged": {"models": {"reward": {"folder": str(a_damaged_copy(tiny_reward_dir, tmp_path))}}},
+        "misspelt": {"models": {"reward": {"folders": str(tiny_reward_dir)}}},
+        "empty": {},
+    }
+    await service.reconfigure(wrong[what])  # type: ignore[arg-type]
     reply = await client.post("/v1/score", json={"prompt": "p", "responses": ["r"]})
     assert reply.status_code == 200
     assert reply.json()["model"] == scorer.version
-    (card,) = (await client.get("/v1/models")).json()["data"]
-    assert "no reward model can be loaded from" in card["update_error"]
+    card = (await client.get("/v1/models")).json()["data"][0]
+    assert cause in card["update_error"]
+    await service.reconfigure(same)
+    assert (await client.get("/v1/models")).json()["data"][0]["update_error"] is None
+
+
+async def test_a_new_process_does_not_go_on_with_an_older_model(service: RewardService, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no reward model can be loaded"):
+        await service.reconfigure({"models": {"reward": {"folder": str(tmp_path / "none")}}})
+
+
+async def test_a_model_that_scores_no_more_is_neither_ready_nor_healthy(
+    service: RewardService, client: httpx.AsyncClient
+) -> None:
+    assert (await client.get("/readyz")).status_code == 200
+    service._models["toxicity"].batcher.failures = 3
+    reply = await client.get("/readyz")
+    assert reply.status_code == 500
+    assert "model toxicity gave no score in 3 forwards in a row" in reply.json()["detail"]
+    with pytest.raises(ScorerError):
+        await service.check_health()
+
+
+async def test_a_version_names_whatever_the_scores_follow_from(tiny_reward_dir: Path, tmp_path: Path) -> None:
+    refitted = tmp_path / tiny_reward_dir.name
+    shutil.copytree(tiny_reward_dir, refitted)
+    original = RewardScorer(tiny_reward_dir).version
+    assert RewardScorer(refitted).version == original
+    assert RewardScorer(refitted, prompt_format="text").version != original
+    ScoreNormalisation(mean=0.0, std=1.0).save(refitted)
+    assert RewardScorer(refitted).version != original
+
+
+async def test_messages_that_the_chat_template_refuses_are_told_so(
+    client: httpx.AsyncClient, service: RewardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(service._models["reward"].scorer.tokenizer, "chat_template", template)
+    reply = await client.post("/v1/score", json={"messages": [{"role": "system", "content": "s"}, *MESSAGES]})
+    assert reply.status_code == 422
+    assert "chat template refuses these messages: roles must alternate" in reply.json()["detail"]
+
+
+def test_a_limit_of_tokens_below_the_models_own_holds(tiny_reward_dir: Path) -> None:
+    assert RewardScorer(tiny_reward_dir).max_tokens == 512
+    assert RewardScorer(tiny_reward_dir, max_tokens=20).max_tokens == 20
+    assert RewardScorer(tiny_reward_dir, max_tokens=20).refusal([5] * 21) is not None
+
+
+async def test_classify_takes_token_ids_and_refuses_what_would_change_the_number(
+    client: httpx.AsyncClient, scorer: RewardScorer
+) -> None:
+    ids = scorer.text_ids("The train", " was late.")
+    (expected,) = scorer.score_ids([ids])
+    for given in (ids, [ids]):
+        reply = await client.post("/classify", json={"input": given, "use_activation": False})
+        assert reply.json()["data"][0]["probs"] == pytest.approx([expected.raw], abs=1e-5)
+    reply = await client.post("/classify", json={"input": "a", "truncate_prompt_tokens": 3})
+    assert reply.status_code == 422
+    assert "truncate_prompt_tokens" in reply.json()["detail"]
 
 
 async def test_too_much_waiting_is_told_429_with_a_time(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.serving.args import RewardServiceArgs
+from rlhf_ray.serving.guard import Guard
 from rlhf_ray.serving.http import http_app
 from rlhf_ray.serving.keys import is_key, read_keys
 from rlhf_ray.serving.reward_service import RewardService
@@ -22,7 +26,7 @@ REQUEST = {"prompt": "p", "responses": ["a"]}
 
 @pytest.fixture
 async def client(tiny_reward_dir: Path, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\n{OTHER}  # theirs\n")
+    (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\n{OTHER}  # theirs\nwith#in-a-long-key\n")
     service = RewardService(
         RewardServiceArgs(model="given", max_body_mb=0.001, batch_wait_ms=0),
         RewardScorer(tiny_reward_dir, precision="float32"),
@@ -53,6 +57,37 @@ async def test_each_key_opens_and_probes_need_none(client: httpx.AsyncClient) ->
     assert (await client.get("/v1/models")).status_code == 401
     for path in ("/healthz", "/readyz", "/docs", "/openapi.json"):
         assert (await client.get(path)).status_code == 200
+
+
+async def test_below_another_route_the_same_doors_are_open_and_shut(tiny_reward_dir: Path) -> None:
+    service = RewardService(RewardServiceArgs(model="given"), RewardScorer(tiny_reward_dir, precision="float32"))
+    app = FastAPI()
+    app.mount("/x", http_app(service, key_digests=[hashlib.sha256(KEY.encode()).hexdigest()]))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+        assert (await client.get("/x/healthz")).status_code == 200
+        assert (await client.get("/x/v1/models")).status_code == 401
+        assert (await client.get("/x/v1/models", headers={"Authorization": f"Bearer {KEY}"})).status_code == 200
+        assert (await client.get("/x/healthz/v1/score")).status_code == 401
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
+    async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("the request went through")
+
+    async def unread() -> Message:
+        raise AssertionError("the body was read")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    refusals: list[int] = []
+    guard = Guard(never, key_digests=(), max_body_bytes=1000, on_refusal=refusals.append)
+    scope = {"type": "http", "path": "/v1/score", "headers": [(b"content-length", b"1001")]}
+    await guard(scope, unread, send)
+    assert sent[0]["status"] == 413
+    assert refusals == [413]
 
 
 async def test_a_key_is_written_nowhere(client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,6 +140,12 @@ def test_keys_that_cannot_protect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a key in serve.api_keys_file = .* is shorter than 16 characters") as error:
         read_keys(short)
     assert "tiny" not in str(error.value).replace(str(tmp_path), "")
+    (tmp_path / "odd").write_text("schlüssel-von-guter-länge\n")
+    with pytest.raises(ConfigError, match=r"a letter beyond ASCII"):
+        read_keys(tmp_path / "odd")
+    (tmp_path / "hash").write_text("abcdefghijklmnop#rest\n")
+    assert is_key("abcdefghijklmnop#rest", read_keys(tmp_path / "hash"))
+    assert not is_key("abcdefghijklmnop", read_keys(tmp_path / "hash"))
     with pytest.raises(ConfigError, match=r"holds no key"):
         read_keys(empty)
     with pytest.raises(ConfigError, match=r"cannot be read"):
