@@ -46,8 +46,9 @@ test-fast: setup ## the tests that start neither Ray nor vLLM
 demo: setup ## the whole of RLHF on a small language model, without a GPU
 	$(BIN)/rlhf-ray demo --overwrite
 
-bench: setup ## samples per second of PPO and the time of a weight update
+bench: setup ## PPO's throughput, the time of a weight update, the reward service beside its peers
 	$(BIN)/python tests/bench/ppo_throughput.py
+	$(BIN)/python tests/bench/reward_service.py
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
