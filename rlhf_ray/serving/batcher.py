@@ -2,8 +2,8 @@
 
 Not ``@serve.batch``: that one fills its batch in order of arrival, so a short response pays for the padding of a long
 one, waits before every batch that is not full, and fails all callers of a batch for one of them. Here only an idle
-model waits, and a batch is the item that waited longest with those nearest to it in length, as many as fit the budget
-of tokens.
+model waits, and a batch is the item that waited longest with those nearest to it in length among the next in line, as
+many as fit the budget of tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from rlhf_ray.errors import ScorerError
 from rlhf_ray.roles.scorer import Reading
 
 Verdict = Reading | ScorerError
+
+_LOOKAHEAD = 2
+"""Batches' worth of the line that a batch is chosen from: one from further back would overtake too many."""
 
 _RATE_WINDOW = 32
 """Forwards that the expected wait is reckoned from."""
@@ -182,7 +185,7 @@ class Batcher:
         """The item that waited longest and those nearest to it in length; callers who gave up are left out."""
         alive = [entry for entry in self._waiting if not entry.verdict.done()]
         nearest = sorted(
-            alive, key=lambda entry: abs(len(entry.ids) - len(alive[0].ids))
+            alive[: _LOOKAHEAD * self._max_batch_size], key=lambda entry: abs(len(entry.ids) - len(alive[0].ids))
         )  # stable: the first stays first
         batch: list[_Waiting] = []
         longest = 0

@@ -618,14 +618,13 @@ async def _watched(
         memory.append((len(answers), replica.memory_info().rss))
 
 
-def _memory_figures(memory: Sequence[tuple[int, int]], requests: int) -> dict[str, float]:
-    """Resident memory once a tenth was answered, at its highest after that, and at the end."""
-    later = [rss for answered, rss in memory if answered >= requests / 10]
+def _memory_figures(memory: Sequence[tuple[int, int]], requests: int) -> dict[str, Any]:
+    """Resident memory as each tenth of the requests was answered, and how the end compares with the first tenth."""
+    tenths = [next(rss for answered, rss in memory if answered >= requests * tenth / 10) for tenth in range(1, 11)]
     return {
-        "rss_after_a_tenth_mb": later[0] / 1e6,
-        "rss_highest_mb": max(later) / 1e6,
-        "rss_end_mb": later[-1] / 1e6,
-        "rss_growth": later[-1] / later[0] - 1,
+        "rss_mb_by_tenth": [round(rss / 1e6) for rss in tenths],
+        "rss_highest_mb": max(rss for _, rss in memory) / 1e6,
+        "rss_growth": memory[-1][1] / tenths[0] - 1,
     }
 
 
@@ -638,10 +637,8 @@ def _print_load(figures: Mapping[str, Any]) -> None:
     print(f"; neither a score nor a 429: {figures['unanswered']}")
     print("scored: {p50_seconds:.2f} s p50, {p99_seconds:.2f} s p99".format(**figures["scored"]))
     print(
-        "memory of the replica: {rss_before_mb:.0f} MB before, {rss_after_a_tenth_mb:.0f} after a tenth, "
-        "{rss_highest_mb:.0f} at most, {rss_end_mb:.0f} at the end ({rss_growth:+.1%} since the tenth)".format(
-            **figures
-        )
+        "memory of the replica: {rss_before_mb:.0f} MB before, {rss_growth:+.1%} between the first tenth and the end; "
+        "by tenths {rss_mb_by_tenth}".format(**figures)
     )
 
 

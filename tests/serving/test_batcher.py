@@ -85,6 +85,13 @@ async def test_a_batch_is_the_oldest_item_with_those_nearest_to_it_in_length() -
     assert [[len(ids) for ids in batch] for batch in forward.batches] == [[100, 98], [3, 4]]
 
 
+async def test_no_item_is_overtaken_by_one_from_far_behind() -> None:
+    forward = FirstToken()
+    batcher = a_batcher(forward, max_batch_size=2)
+    await batcher.score([[1] * 10, [2] * 20, [3] * 30, [4] * 40, [5] * 10, [6] * 20])
+    assert [ids[0] for ids in forward.batches[0]] == [1, 2]
+
+
 async def test_one_bad_sequence_fails_its_own_caller_only() -> None:
     forward = FirstToken()
     batcher = a_batcher(forward, max_batch_size=8, wait_seconds=0.05)
