@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -23,6 +24,9 @@ settings.load_profile("no_deadline")
 
 # As the command does, and before torch is loaded: threads that spin for long take the time of those that work.
 os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+# Started in the background of a shell, the tests and every program that they start would ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_SENTENCES = (
     "The train leaves the station before the sun is up.",
