@@ -151,7 +151,7 @@ def test_what_cannot_work_is_refused_before_anything_is_started(
     with pytest.raises(ModelError, match=r"there is no reward model in .*; train one with `rlhf-ray reward`"):
         run_ppo(make_config(serve={"model": str(tmp_path)}))
     policy_folder = make_config().model.path
-    with pytest.raises(ModelError, match=r"has \d+ labels and a reward model has one"):
+    with pytest.raises(ModelError, match=r"has \d+ labels \(.*\) and a reward model has one; set serve\.model"):
         run_ppo(make_config(serve={"model": policy_folder}))
     with pytest.raises(ResourceError, match=r"learner\.num_cpus = 5 and no node of the cluster has more than 4 CPUs"):
         run_ppo(make_config(learner={"num_cpus": 5}))
