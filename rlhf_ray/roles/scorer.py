@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from jinja2 import TemplateError
 
 from rlhf_ray.config import Precision, ReadFormat
@@ -20,6 +19,7 @@ from rlhf_ray.data.preferences import as_dialogue
 from rlhf_ray.data.prompts import encode_prompt
 from rlhf_ray.errors import DataError, ModelError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
+from rlhf_ray.models.packing import pack, packed_logits, padded_logits
 from rlhf_ray.models.reward import find_label, load_reward_model, longest_input, model_version, reward_input
 from rlhf_ray.types import Rollout, Score, Turn
 
@@ -135,6 +135,8 @@ class RewardScorer:
         model, self.tokenizer, self.normalisation = load_reward_model(
             folder, label=label, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
         )
+        self.packs = self._device.type == "cpu" and pack(model)
+        """Sequences of a forward are not padded to one length."""
         self._model: Any = model.to(self._device, resolve_precision(precision, self._device)).eval()
         self._label = find_label(folder, model.config, label)
         self._multi_label = model.config.problem_type == "multi_label_classification"
@@ -250,19 +252,9 @@ class RewardScorer:
                 verdicts[i] = self._verdict(logits, len(sequences[i]))
         return [verdict for verdict in verdicts if verdict is not None]
 
-    @torch.inference_mode()
     def _forward(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Logits of one padded batch; the model reads each row's last token that is not padding."""
         set_threads(self._threads)
-        longest = max(map(len, sequences))
-        input_ids = torch.full((len(sequences), longest), self._pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(sequences), longest), dtype=torch.int64)
-        for row, ids in enumerate(sequences):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        cache = {} if self._model.config.is_encoder_decoder else {"use_cache": False}
-        output = self._model(input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), **cache)
-        logits: list[list[float]] = output.logits.float().tolist()
+        logits: list[list[float]] = (packed_logits if self.packs else padded_logits)(self._model, sequences).tolist()
         return logits
 
     def _prompt_format(self) -> ReadFormat:

@@ -1,9 +1,9 @@
 """Natural batching: while one forward runs, what arrives waits, and shares the next.
 
-Not ``@serve.batch``: that one fills its batch in order of arrival, so a short response pays for the padding of a long
+Not ``@serve.batch``: that one counts items and not their tokens, pays for the padding of a short response beside a long
 one, waits before every batch that is not full, and fails all callers of a batch for one of them. Here only an idle
-model waits, and a batch is the item that waited longest with those nearest to it in length among the next in line, as
-many as fit the budget of tokens.
+model waits, and a batch is as many of the line as fit the budget of tokens: in their order where the model computes no
+padding, else the item that waited longest with those nearest to it in length among the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf_ray.roles.scorer import Reading
 Verdict = Reading | ScorerError
 
 _LOOKAHEAD = 2
-"""Batches' worth of the line that a batch is chosen from: one from further back would overtake too many."""
+"""Batches' worth of the line that a padded batch is chosen from: one from further back would overtake too many."""
 
 _RATE_WINDOW = 32
 """Forwards that the expected wait is reckoned from."""
@@ -68,6 +68,7 @@ class Batcher:
         max_batch_size: int,
         max_batch_tokens: int,
         wait_seconds: float,
+        packs: bool = False,
         warm_up: Forward | None = None,
         on_forward: Callable[[Forward], None] = lambda forward: None,
     ) -> None:
@@ -76,6 +77,7 @@ class Batcher:
             forward: scores a batch of token-id sequences; runs in a thread of its own.
             max_batch_tokens: most tokens in a forward, padding included; a longer sequence goes alone.
             wait_seconds: how long an idle model waits for company before it begins.
+            packs: the forward computes no padding, so lengths need not be alike.
             warm_up: one that has been, which the expected wait is reckoned from until there are others.
             on_forward: hears of each forward.
         """
@@ -83,6 +85,7 @@ class Batcher:
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self._wait_seconds = wait_seconds
+        self._packs = packs
         self._on_forward = on_forward
         self._waiting: list[_Waiting] = []
         self._running_tokens = 0
@@ -173,7 +176,7 @@ class Batcher:
                 rows=len(batch),
                 scored=scored,
                 tokens=sum(tokens),
-                padded_tokens=len(batch) * max(tokens),
+                padded_tokens=self._cost(tokens),
                 seconds=time.monotonic() - began,
                 waited_seconds=began - min(entry.since for entry in batch),
             )
@@ -182,16 +185,17 @@ class Batcher:
             self._on_forward(forward)
 
     def _next_batch(self) -> list[_Waiting]:
-        """The item that waited longest and those nearest to it in length; callers who gave up are left out."""
+        """The item that waited longest and those that go with it best; callers who gave up are left out."""
         alive = [entry for entry in self._waiting if not entry.verdict.done()]
-        nearest = sorted(
-            alive[: _LOOKAHEAD * self._max_batch_size], key=lambda entry: abs(len(entry.ids) - len(alive[0].ids))
-        )  # stable: the first stays first
+        line = alive
+        if not self._packs:  # the first stays first, since the sort is stable
+            near = alive[: _LOOKAHEAD * self._max_batch_size]
+            line = sorted(near, key=lambda entry: abs(len(entry.ids) - len(alive[0].ids)))
         batch: list[_Waiting] = []
-        longest = 0
-        for entry in nearest[: self._max_batch_size]:
-            longest = max(longest, len(entry.ids))
-            if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
+        tokens: list[int] = []
+        for entry in line[: self._max_batch_size]:
+            tokens.append(len(entry.ids))
+            if batch and self._cost(tokens) > self._max_batch_tokens:
                 break
             batch.append(entry)
         taken = set(map(id, batch))
@@ -199,3 +203,7 @@ class Batcher:
         if len(self._waiting) < self._max_batch_size:
             self._full.clear()
         return batch
+
+    def _cost(self, tokens: Sequence[int]) -> int:
+        """Tokens that a forward over sequences of these lengths computes."""
+        return sum(tokens) if self._packs else len(tokens) * max(tokens)

@@ -328,6 +328,7 @@ class RewardService:
             max_batch_size=self._args.max_batch_size,
             max_batch_tokens=self._args.max_batch_tokens,
             wait_seconds=self._args.batch_wait_ms / 1000,
+            packs=scorer.packs,
             warm_up=warm_up,
             on_forward=partial(self._meters.forward, name, scorer.version),
         )

@@ -24,8 +24,15 @@ def a_batcher(
     max_batch_size: int = 8,
     wait_seconds: float = 0,
     max_batch_tokens: int = 10**6,
+    packs: bool = False,
 ) -> Batcher:
-    return Batcher(forward, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, wait_seconds=wait_seconds)
+    return Batcher(
+        forward,
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_tokens,
+        wait_seconds=wait_seconds,
+        packs=packs,
+    )
 
 
 class FirstToken:
@@ -203,3 +210,10 @@ async def test_a_forward_with_too_few_verdicts_or_a_meter_that_breaks_leaves_nob
         with pytest.raises(ScorerError, match="1 verdicts on 2 sequences"):
             await short.score([[1], [2]])
         assert await short.score([[1]]) == [a_reading(1.0)]
+
+
+async def test_a_forward_without_padding_takes_the_line_in_its_order_as_far_as_the_tokens_reach() -> None:
+    forward = FirstToken()
+    batcher = a_batcher(forward, max_batch_size=3, max_batch_tokens=110, packs=True)
+    await batcher.score([[1] * 100, [2] * 3, [3] * 98, [4] * 4, [5], [6]])
+    assert [[ids[0] for ids in batch] for batch in forward.batches] == [[1, 2], [3, 4, 5], [6]]
