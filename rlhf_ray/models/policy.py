@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelError
+from rlhf_ray.models.packing import pack, packed_hidden
 from rlhf_ray.models.value import ValueHead
 
 _LOGITS_PER_CHUNK = 2**24
@@ -39,13 +40,14 @@ class PolicyModel(nn.Module):
     are most of the memory.
 
     There is no attention mask: padding stands on the right, and under causal attention a token never sees what follows
-    it. That keeps the attention kernel on its fast causal path.
+    it. That keeps the attention kernel on its fast causal path; so does packing.
     """
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: Any, *, packed: bool = False) -> None:
         """
         Args:
-            language_model: any Hugging Face causal LM that is a trunk (``base_model``) and a linear head.
+            language_model: any Hugging Face causal LM that is a trunk (``base_model``) and a linear head, on the CPU.
+            packed: let the trunk read all rows as one without padding, if it can.
 
         Raises:
             ModelError: its logits are not the head applied to the trunk's last hidden state.
@@ -54,6 +56,7 @@ class PolicyModel(nn.Module):
         self.language_model = language_model
         self.value_head = ValueHead(language_model.config.get_text_config().hidden_size)
         _check_head(language_model)
+        self._packs = packed and pack(language_model.base_model)
 
     def forward(
         self,
@@ -76,9 +79,8 @@ class PolicyModel(nn.Module):
             temperature: divides the logits.
             entropy_gradient: keep the entropy in the graph, for a bonus in the loss; without it, it is only measured.
         """
-        hidden = self.language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         rows, tokens = response_mask.nonzero(as_tuple=True)
-        selected = hidden[rows, prompt_len[rows] + tokens - 1]
+        selected = self._hidden(input_ids, prompt_len + response_mask.sum(dim=1), rows, prompt_len[rows] + tokens - 1)
 
         def padded(flat: Tensor) -> Tensor:
             return flat.new_zeros(response_mask.shape).masked_scatter(response_mask, flat)
@@ -96,6 +98,16 @@ class PolicyModel(nn.Module):
             values=padded(self.value_head(selected)) if with_values else None,
             entropy=None if entropy is None else padded(entropy),
         )
+
+    def _hidden(self, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """[N, d]: the trunk's last hidden states at N places of the [B, L] ``input_ids``."""
+        trunk = self.language_model.base_model
+        if not self._packs:
+            hidden: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+            return hidden
+        real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)
+        starts = lengths.cumsum(dim=0) - lengths
+        return packed_hidden(trunk, input_ids[real], lengths.tolist())[starts[rows] + columns]
 
 
 def _logprobs(

@@ -65,7 +65,7 @@ class PPOLearner:
         language_model = load_policy_model(model_folder, trust_remote_code=trust)
         if config.learner.gradient_checkpointing:
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model = PolicyModel(language_model).to(self._device).train()
+        self._model = PolicyModel(language_model, packed=self._device.type == "cpu").to(self._device).train()
         self._optimizer = _new_optimizer(self._model, config)
         self._rng = torch.Generator().manual_seed(config.seed)
         self._ppo = PPOUpdate(

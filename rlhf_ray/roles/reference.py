@@ -46,7 +46,9 @@ class ReferenceModel:
         self._max_batch_tokens = max_batch_tokens
         self._threads = threads
         language_model = load_policy_model(model_folder, trust_remote_code=trust_remote_code)
-        self._model = PolicyModel(language_model).to(self._device).eval().requires_grad_(False)
+        self._model = (
+            PolicyModel(language_model, packed=self._device.type == "cpu").to(self._device).eval().requires_grad_(False)
+        )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """For each rollout, the [T] float32 log-probabilities of its response, nats, at the sampling temperature."""

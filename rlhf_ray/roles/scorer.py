@@ -19,7 +19,7 @@ from rlhf_ray.data.preferences import as_dialogue
 from rlhf_ray.data.prompts import encode_prompt
 from rlhf_ray.errors import DataError, ModelError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
-from rlhf_ray.models.packing import pack, packed_logits, padded_logits
+from rlhf_ray.models.packing import pack_classifier, packed_logits, padded_logits
 from rlhf_ray.models.reward import find_label, load_reward_model, longest_input, model_version, reward_input
 from rlhf_ray.types import Rollout, Score, Turn
 
@@ -135,7 +135,7 @@ class RewardScorer:
         model, self.tokenizer, self.normalisation = load_reward_model(
             folder, label=label, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
         )
-        self.packs = self._device.type == "cpu" and pack(model)
+        self.packs = self._device.type == "cpu" and pack_classifier(model)
         """Sequences of a forward are not padded to one length."""
         self._model: Any = model.to(self._device, resolve_precision(precision, self._device)).eval()
         self._label = find_label(folder, model.config, label)

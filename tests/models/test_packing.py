@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from rlhf_ray.models.packing import pack, packed_logits, padded_logits
+from rlhf_ray.models.packing import pack_classifier, packed_logits, padded_logits
 
 SEQUENCES = [[*range(5, 5 + length)] for length in (60, 1, 17, 3, 90, 2)]
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ def alone(model: Any) -> list[list[float]]:
 def test_each_packed_sequence_scores_as_it_does_alone(make: Any, config: Any) -> None:
     model = a_model(make, config)
     expected = alone(model)
-    assert pack(model)
+    assert pack_classifier(model)
     assert packed_logits(model, SEQUENCES).tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
 
 
@@ -68,7 +68,7 @@ def test_each_packed_sequence_scores_as_it_does_alone(make: Any, config: Any) ->
 )
 def test_what_cannot_be_packed_is_padded(make: Any, config: Any) -> None:
     model = a_model(make, config)
-    assert not pack(model)
+    assert not pack_classifier(model)
     assert padded_logits(model, SEQUENCES).tolist() == [pytest.approx(row, abs=1e-5) for row in alone(model)]
 
 
@@ -77,5 +77,5 @@ def test_a_model_that_scores_otherwise_when_it_is_packed_is_found_out_and_left_a
     expected = alone(model)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False  # sees what comes after, where no mask forbids it
-    assert not pack(model)
+    assert not pack_classifier(model)
     assert padded_logits(model, SEQUENCES).tolist() == [pytest.approx(row, abs=1e-5) for row in expected]

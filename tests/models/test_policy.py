@@ -39,11 +39,12 @@ def qwen2() -> Any:
     return Qwen2ForCausalLM(config)
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen2"])
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "packed llama", "packed gpt2", "packed qwen2"])
 def model(request: pytest.FixtureRequest, tiny_model_dir: Path) -> PolicyModel:
     torch.manual_seed(0)
-    language_model = load_policy_model(tiny_model_dir) if request.param == "llama" else globals()[request.param]()
-    return PolicyModel(language_model).eval()
+    name = request.param.removeprefix("packed ")
+    language_model = load_policy_model(tiny_model_dir) if name == "llama" else globals()[name]()
+    return PolicyModel(language_model, packed=name != request.param).eval()
 
 
 def rows(pad_id: int = 0, extra: int = 0) -> dict[str, Tensor]:
