@@ -100,14 +100,18 @@ class PolicyModel(nn.Module):
         )
 
     def _hidden(self, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """[N, d]: the trunk's last hidden states at N places of the [B, L] ``input_ids``."""
+        """[N, d]: the trunk's last hidden states at N places of the [B, L] ``input_ids``.
+
+        The last token of a row predicts nothing that is asked for, so the trunk does not read it.
+        """
         trunk = self.language_model.base_model
         if not self._packs:
-            hidden: Tensor = trunk(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
-            return hidden
-        real = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)
+            hidden: Tensor = trunk(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
+            return hidden[rows, columns]
+        lengths = lengths - 1
+        read = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1)
         starts = lengths.cumsum(dim=0) - lengths
-        return packed_hidden(trunk, input_ids[real], lengths.tolist())[starts[rows] + columns]
+        return packed_hidden(trunk, input_ids[read], lengths.tolist())[starts[rows] + columns]
 
 
 def _logprobs(
