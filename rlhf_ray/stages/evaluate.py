@@ -28,9 +28,9 @@ Sampler = Callable[[Sequence[str]], Sequence[Sequence[Rollout]]]
 """Model folders or ids → of each, its responses to the held-out prompts, ``evaluate.samples_per_prompt`` each."""
 Gold = Callable[[str], float]
 """Response text → the judge's verdict; higher is better."""
-Scores = Callable[[Sequence[Rollout]], Sequence[Score]]
-ReferenceLogprobs = Callable[[Sequence[Rollout]], Sequence[np.ndarray]]
-"""Rollouts → one [T] array each: the reference's log-probabilities of the response, nats, same temperature."""
+Measure = Callable[[Sequence[Rollout]], tuple[Sequence[Score], Sequence[np.ndarray]]]
+"""Rollouts → their scores; and one [T] array each, the reference's log-probabilities of the response, nats, same
+temperature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,19 +106,17 @@ class Evaluation:
     """Every pair, in the order of the prompts."""
 
 
-def evaluate(
-    config: RunConfig, *, sample: Sampler, gold: Gold, score: Scores, reference_logprobs: ReferenceLogprobs
-) -> Evaluation:
+def evaluate(config: RunConfig, *, sample: Sampler, gold: Gold, measure: Measure) -> Evaluation:
     """Sample from both policies, judge, compare, and write ``evaluation.json`` and the summary's figures.
 
     Raises:
         ModelError: the run has no trained policy yet.
     """
     trained = trained_policy(config)
-    sides = [
-        rows(rollouts, gold=gold, scores=score(rollouts), reference_logprobs=reference_logprobs(rollouts))
-        for rollouts in sample([config.model.path, str(trained)])
-    ]
+    sides = []
+    for rollouts in sample([config.model.path, str(trained)]):
+        scores, reference_logprobs = measure(rollouts)
+        sides.append(rows(rollouts, gold=gold, scores=scores, reference_logprobs=reference_logprobs))
     evaluation = compare(*sides, seed=config.seed)
     write_json(config.run_dir / EVALUATION_FILE, asdict(evaluation))
     write_summary(

@@ -67,10 +67,16 @@ def run_evaluate(
                 config,
                 sample=sample,
                 gold=gold,
-                score=lambda rollouts: asyncio.run(_scores(scorers, rollouts)),
-                reference_logprobs=lambda rollouts: asyncio.run(_logprobs(reference, rollouts)),
+                measure=lambda rollouts: asyncio.run(_measure(scorers, reference, rollouts)),
             )
     return evaluation
+
+
+async def _measure(
+    scorers: RayScorers, reference: RayReference, rollouts: Sequence[Rollout]
+) -> tuple[list[Score], list[np.ndarray]]:
+    """Both at once, as in the loop: their threads are allotted for that."""
+    return await asyncio.gather(_scores(scorers, rollouts), _logprobs(reference, rollouts))
 
 
 async def _scores(scorers: RayScorers, rollouts: Sequence[Rollout]) -> list[Score]:

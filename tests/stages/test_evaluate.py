@@ -152,8 +152,10 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
         config,
         sample=sample,
         gold=lambda text: float(text == "good"),
-        score=lambda rollouts: [score(2.0 if r.text == "good" else 0.0) for r in rollouts],
-        reference_logprobs=lambda rollouts: [np.array([-2.0, -4.0]) for _ in rollouts],
+        measure=lambda rollouts: (
+            [score(2.0 if r.text == "good" else 0.0) for r in rollouts],
+            [np.array([-2.0, -4.0]) for _ in rollouts],
+        ),
     )
     assert asked == ["the/base", str(policy)]
     assert (result.base.gold, result.trained.gold, result.win_rate.value) == (0.0, 1.0, 1.0)
@@ -171,7 +173,7 @@ def test_evaluate_without_a_trained_policy_is_refused_before_sampling(config: Ru
         pytest.fail(f"sampled {models}")
 
     with pytest.raises(ModelError, match=r"no trained policy at .*policy; run rlhf-ray ppo"):
-        evaluate(config, sample=never, gold=len, score=lambda _: [], reference_logprobs=lambda _: [])
+        evaluate(config, sample=never, gold=len, measure=lambda _: ([], []))
 
 
 def test_a_run_that_was_not_evaluated_has_no_evaluation(tmp_path: Path) -> None:
