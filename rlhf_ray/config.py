@@ -158,6 +158,7 @@ class PPOConfig(Section):
 
     steps: int = Field(100, ge=1, description="Learner steps (batches).")
     batch_size: int = Field(32, ge=1, description="Responses per step.")
+    completions: int = Field(1, ge=1, description="Responses sampled for each prompt; must divide batch_size.")
     max_staleness: int = Field(1, ge=0, description="Learner versions a sample may lag behind; 0 is synchronous.")
     epochs: int = Field(1, ge=1, description="Passes over each batch.")
     minibatches: int = Field(1, ge=1, description="Optimiser steps per pass; must divide batch_size.")
@@ -188,13 +189,19 @@ class PPOConfig(Section):
     samples_per_step: int = Field(2, ge=0, description="Responses written to samples.jsonl each step.")
 
     @model_validator(mode="after")
-    def _minibatches_divide(self) -> PPOConfig:
-        if self.batch_size % self.minibatches:
-            raise ValueError(
-                f"ppo.minibatches = {self.minibatches} does not divide ppo.batch_size = {self.batch_size}; "
-                f"choose minibatches from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
-            )
+    def _batches_divide(self) -> PPOConfig:
+        for key in ("minibatches", "completions"):
+            if self.batch_size % getattr(self, key):
+                raise ValueError(
+                    f"ppo.{key} = {getattr(self, key)} does not divide ppo.batch_size = {self.batch_size}; "
+                    f"choose {key} from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
+                )
         return self
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts whose responses make one batch."""
+        return self.batch_size // self.completions
 
 
 class CollectConfig(Section):

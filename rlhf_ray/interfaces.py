@@ -26,8 +26,10 @@ class Generator(Protocol):
 
     name: str
 
-    async def generate(self, prompt: Prompt) -> tuple[RolloutReceipt, Ref]:
-        """Sample one response; the ref holds a ``Rollout``. Many calls may be under way (continuous batching)."""
+    async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
+        """Sample ``prompt.completions`` responses; each ref holds a ``Rollout``. Many calls may be under way
+        (continuous batching).
+        """
         ...
 
     async def update_weights(self, published: VersionedWeights) -> WeightAck:

@@ -62,9 +62,18 @@ def uniform_seconds(low: float, high: float, *, seed: int = 0) -> Callable[[int]
 class FakePrompts:
     """Endless prompts "prompt 0", "prompt 1", …"""
 
+    def __init__(self, *, completions: int = 1) -> None:
+        self._completions = completions
+
     def prompt(self, prompt_id: int) -> Prompt:
         """Prompt number ``prompt_id``, with that number as its sampling seed too."""
-        return Prompt(prompt_id=prompt_id, text=f"prompt {prompt_id}", token_ids=(1, 2, 3), seed=prompt_id)
+        return Prompt(
+            prompt_id=prompt_id,
+            text=f"prompt {prompt_id}",
+            token_ids=(1, 2, 3),
+            seed=prompt_id,
+            completions=self._completions,
+        )
 
 
 class FakeGenerator:
@@ -118,7 +127,7 @@ class FakeGenerator:
         """The process ends: every call under way raises ``WorkerDiedError``."""
         self._dead.set()
 
-    async def generate(self, prompt: Prompt) -> tuple[RolloutReceipt, Ref]:
+    async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         """See ``interfaces.Generator``. Raises AssertionError if asked before it was given weights."""
         assert self.version is not None, f"{self.name} was given a prompt before it had weights"
         self.prompt_ids.append(prompt.prompt_id)
@@ -127,17 +136,8 @@ class FakeGenerator:
             self.kill()
         seconds = self._seconds if isinstance(self._seconds, float | int) else self._seconds(prompt.prompt_id)
         await self._live_on(math.inf if call == self._hang_at_generate else seconds)
-        rollout = self._sample(prompt, before, self.version)
-        receipt = RolloutReceipt(
-            prompt_id=prompt.prompt_id,
-            generator=self.name,
-            oldest_version=min(rollout.policy_versions),
-            newest_version=max(rollout.policy_versions),
-            response_tokens=len(rollout.response_ids),
-            truncated=rollout.finish_reason == "length",
-            seconds=seconds,
-        )
-        return receipt, rollout
+        rollouts = [self._sample(prompt, member, before, self.version) for member in range(prompt.completions)]
+        return [(self._receipt(rollout, seconds), rollout) for rollout in rollouts]
 
     async def update_weights(self, published: VersionedWeights) -> WeightAck:
         """See ``interfaces.Generator``."""
@@ -166,8 +166,19 @@ class FakeGenerator:
             return
         raise WorkerDiedError(f"{self.name} is gone (fault injection)")
 
-    def _sample(self, prompt: Prompt, before: int, after: int) -> Rollout:
-        rng = random.Random(f"{prompt.seed}:{before}:{after}")
+    def _receipt(self, rollout: Rollout, seconds: float) -> RolloutReceipt:
+        return RolloutReceipt(
+            prompt_id=rollout.prompt.prompt_id,
+            generator=self.name,
+            oldest_version=min(rollout.policy_versions),
+            newest_version=max(rollout.policy_versions),
+            response_tokens=len(rollout.response_ids),
+            truncated=rollout.finish_reason == "length",
+            seconds=seconds,
+        )
+
+    def _sample(self, prompt: Prompt, member: int, before: int, after: int) -> Rollout:
+        rng = random.Random(f"{prompt.seed}:{member}:{before}:{after}")
         tokens = rng.randint(1, self._max_tokens)
         ids = tuple(rng.randint(3, 99) for _ in range(tokens))
         return Rollout(

@@ -49,6 +49,8 @@ class Prompt:
     """What the generator is given (template applied)."""
     seed: int
     """Sampling seed, derived from the run's seed and ``prompt_id``."""
+    completions: int = 1
+    """Responses wanted: more than one where an advantage is measured against the others of the group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,4 +181,4 @@ class StepReport:
     """The version that the step produced."""
     metrics: Mapping[str, float]
     samples: tuple[Mapping[str, Any], ...] = field(default=())
-    """A few rows for ``samples.jsonl``: prompt_id, prompt, response, score, kl."""
+    """Rows for ``samples.jsonl``, of the first experiences of the batch: prompt_id, prompt, response, score, kl."""

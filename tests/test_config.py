@@ -232,6 +232,10 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "[1, 2, 3, 4, 6, 12] (run.yaml:8, run.yaml:7)",
         ),
         (
+            "ppo: {batch_size: 8, completions: 3}",
+            "ppo.completions = 3 does not divide ppo.batch_size = 8; choose completions from [1, 2, 4, 8] (run.yaml:6)",
+        ),
+        (
             "learner: {betas: [0.9, 1.0]}",
             "learner.betas = [0.9, 1.0] must each be at least 0 and below 1 (run.yaml:6)",
         ),

@@ -33,7 +33,7 @@ def published(version: int) -> VersionedWeights:
 
 
 async def rollout_of(generator: FakeGenerator, prompt_id: int) -> Rollout:
-    _, rollout = await generator.generate(FakePrompts().prompt(prompt_id))
+    ((_, rollout),) = await generator.generate(FakePrompts().prompt(prompt_id))
     assert isinstance(rollout, Rollout)
     return rollout
 
@@ -41,7 +41,7 @@ async def rollout_of(generator: FakeGenerator, prompt_id: int) -> Rollout:
 async def experience(prompt_id: int, version: int = 0) -> ExperienceRefs:
     generator = FakeGenerator()
     await generator.update_weights(published(version))
-    receipt, rollout = await generator.generate(FakePrompts().prompt(prompt_id))
+    ((receipt, rollout),) = await generator.generate(FakePrompts().prompt(prompt_id))
     ref_logprobs = await FakeReference().logprobs(rollout)
     return ExperienceRefs(
         receipt=receipt, score=await FakeScorer().score(rollout), rollout=rollout, ref_logprobs=ref_logprobs

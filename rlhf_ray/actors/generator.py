@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import ray
 from rlhf_ray.actors.weights import unpack_weights
 from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import RunConfig
+from rlhf_ray.data.prompts import sampling_seed
 from rlhf_ray.errors import ConfigError, WorkerDiedError
 from rlhf_ray.types import Probe, Prompt, Ref, Rollout, RolloutReceipt, VersionedWeights, WeightAck
 
@@ -33,7 +35,7 @@ class GeneratorWorker:
     def __init__(self, name: str, engine_options: Mapping[str, Any]) -> None:
         self._name = name
         self._inbox: queue.Queue[Callable[[Any], None] | None] = queue.Queue()
-        self._rollouts: dict[int, tuple[asyncio.Future[Rollout], float]] = {}
+        self._rollouts: dict[int, asyncio.Future[Rollout]] = {}
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, args=(dict(engine_options),), name="engine", daemon=True)
@@ -44,15 +46,21 @@ class GeneratorWorker:
         await self._call(lambda engine: None)
         return self._name
 
-    async def generate(self, prompt: Prompt) -> tuple[RolloutReceipt, Rollout]:
-        """One response; many calls share the engine's batch."""
+    async def generate(self, prompt: Prompt) -> tuple[Any, ...]:
+        """The receipts of all responses to the prompt, and each response; many calls share the engine's batch."""
         self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Rollout] = self._loop.create_future()
         began = time.monotonic()
-        self._rollouts[prompt.prompt_id] = (future, began)
+        futures = [self._submit(member) for member in engine_prompts(prompt)]
+        rollouts = [replace(rollout, prompt=prompt) for rollout in await asyncio.gather(*futures)]
+        seconds = time.monotonic() - began
+        return [make_receipt(rollout, self._name, seconds) for rollout in rollouts], *rollouts
+
+    def _submit(self, prompt: Prompt) -> asyncio.Future[Rollout]:
+        assert self._loop is not None
+        future: asyncio.Future[Rollout] = self._loop.create_future()
+        self._rollouts[prompt.prompt_id] = future
         self._put(lambda engine: engine.submit(prompt))
-        rollout = await future
-        return make_receipt(rollout, self._name, time.monotonic() - began), rollout
+        return future
 
     async def update_weights(self, version: int, packed: Mapping[str, Any], probe: Probe) -> WeightAck:
         """Load the weights between two engine steps and check them on the probe."""
@@ -147,11 +155,11 @@ class GeneratorWorker:
 
     def _hand_out(self, rollout: Rollout) -> None:
         assert self._loop is not None
-        future, _ = self._rollouts.pop(rollout.prompt.prompt_id)
+        future = self._rollouts.pop(rollout.prompt.prompt_id)
         self._loop.call_soon_threadsafe(_finish, future, rollout)
 
     def _fail_all(self, error: BaseException) -> None:
-        for future, _ in self._rollouts.values():
+        for future in self._rollouts.values():
             _fail(future, error)
         self._rollouts.clear()
 
@@ -164,6 +172,18 @@ def _finish(future: asyncio.Future[Any], result: Any) -> None:
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def engine_prompts(prompt: Prompt) -> list[Prompt]:
+    """What the engine is asked for one prompt: each response under an id and a sampling seed of its own."""
+    return [
+        replace(
+            prompt,
+            prompt_id=prompt.prompt_id * prompt.completions + member,
+            seed=sampling_seed(prompt.seed, member) if member else prompt.seed,
+        )
+        for member in range(prompt.completions)
+    ]
 
 
 def make_receipt(rollout: Rollout, generator: str, seconds: float) -> RolloutReceipt:
@@ -228,9 +248,9 @@ class RayGenerator:
         """Wait for the engine."""
         await self._alive(self._actor.ready.remote())
 
-    async def generate(self, prompt: Prompt) -> tuple[RolloutReceipt, Ref]:
-        receipt, rollout = self._actor.generate.options(num_returns=2).remote(prompt)
-        return await self._alive(receipt), rollout
+    async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
+        receipts, *rollouts = self._actor.generate.options(num_returns=1 + prompt.completions).remote(prompt)
+        return list(zip(await self._alive(receipts), rollouts, strict=True))
 
     async def update_weights(self, published: VersionedWeights) -> WeightAck:
         return await self._alive(
@@ -261,7 +281,7 @@ async def sample(
 
     async def one(i: int, prompt: Prompt) -> Rollout:
         nonlocal finished
-        _, ref = await generators[i % len(generators)].generate(prompt)
+        ((_, ref),) = await generators[i % len(generators)].generate(prompt)
         finished += 1
         done(finished, len(prompts))
         rollout: Rollout = await ref

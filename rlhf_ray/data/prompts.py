@@ -140,6 +140,7 @@ class PromptStream:
     Args:
         prompts: (text, token ids) of each prompt.
         seed: the run's seed; it decides the order and each prompt's sampling seed.
+        completions: responses wanted of each.
 
     Example::
 
@@ -150,17 +151,24 @@ class PromptStream:
         DataError: there are no prompts.
     """
 
-    def __init__(self, prompts: Sequence[tuple[str, Sequence[int]]], *, seed: int) -> None:
+    def __init__(self, prompts: Sequence[tuple[str, Sequence[int]]], *, seed: int, completions: int = 1) -> None:
         if not prompts:
             raise DataError("there are no prompts to train on; name a file that has some in prompts.path")
         self._prompts = [(text, tuple(ids)) for text, ids in prompts]
         self._seed = seed
+        self._completions = completions
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Prompt number ``prompt_id`` of the run, from 0."""
         epoch, place = divmod(prompt_id, len(self._prompts))
         text, token_ids = self._prompts[_order(self._seed, epoch, len(self._prompts))[place]]
-        return Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, seed=sampling_seed(self._seed, prompt_id))
+        return Prompt(
+            prompt_id=prompt_id,
+            text=text,
+            token_ids=token_ids,
+            seed=sampling_seed(self._seed, prompt_id),
+            completions=self._completions,
+        )
 
 
 @lru_cache(maxsize=4)

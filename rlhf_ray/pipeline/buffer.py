@@ -1,15 +1,16 @@
 """The experience buffer: slots that bound staleness, and the rule that says which batch is trained when.
 
-Words. B is ``batch_size``, S is ``max_staleness``. The version j is the newest published policy, which is also the
-learner's at the start of the step that makes j + 1. A prompt is *admitted* when a generator that serves j is given it;
-it carries a *deadline* d = j + S, the last version at which it may be trained. Every token of it is sampled under j or
-later, so training it at a version k ≤ d keeps its staleness, k minus its oldest token's version, at most S.
+Words. B is ``batch_size`` in prompts, S is ``max_staleness`` in versions. Responses do not count: however many a
+prompt has, they are admitted, finished and trained together. The version j is the newest published policy, which is
+also the learner's at the start of the step that makes j + 1. A prompt is *admitted* when a generator that serves j is
+given it; it carries a *deadline* d = j + S, the last version at which it may be trained. Every token of it is sampled
+under j or later, so training it at a version k ≤ d keeps its staleness, k minus its oldest token's version, at most S.
 
 Slots. There are (S + 1)·B. A prompt holds one from before its admission until the version that its batch made is
 published. So A(k), the number of prompts admitted, not yet taken, with d ≤ k, is never above (S + 1)·B, and not above
 S·B while a batch is being trained, because that batch holds B slots.
 
-Rule. At version j, choose the B finished experiences with the earliest deadlines (ties: the smaller prompt id, the
+Rule. At version j, choose the B finished prompts with the earliest deadlines (ties: the smaller prompt id, the
 order of issue). The choice is allowed if for every k in [j, j + S): A(k) − (chosen with d ≤ k) ≤ (k − j)·B. Otherwise
 wait: an unfinished prompt is waited for only where going on without it would break the bound.
 
@@ -37,6 +38,7 @@ With S = 0 there are B slots, so the batch is exactly the prompts admitted at ve
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from rlhf_ray.errors import RlhfRayError, StalenessError
 from rlhf_ray.types import ExperienceRefs
@@ -58,7 +60,7 @@ class ExperienceBuffer:
         self._slot_freed = asyncio.Event()
         self._changed = asyncio.Event()
         self._deadlines: dict[int, int] = {}  # of every prompt admitted and not taken, finished or not
-        self._finished: dict[int, ExperienceRefs] = {}
+        self._finished: dict[int, Sequence[ExperienceRefs]] = {}
         self._in_training = 0
         self._ended = False
 
@@ -91,22 +93,26 @@ class ExperienceBuffer:
         del self._deadlines[prompt_id]
         self._changed.set()
 
-    def put(self, experience: ExperienceRefs) -> None:
-        """A scored rollout is ready. Raises ``StalenessError`` if a token is older than the prompt's admission."""
-        receipt = experience.receipt
-        if receipt.prompt_id in self._finished or receipt.prompt_id not in self._deadlines:
-            raise RlhfRayError(f"prompt {receipt.prompt_id} is not awaited: it was never admitted, or came in before")
-        admitted = self._deadlines[receipt.prompt_id] - self.max_staleness
-        if receipt.oldest_version < admitted:
-            raise StalenessError(
-                f"{receipt.generator} sampled prompt {receipt.prompt_id} under version {receipt.oldest_version} "
-                f"after it had acknowledged version {admitted}"
-            )
-        self._finished[receipt.prompt_id] = experience
+    def put(self, prompt_id: int, experiences: Sequence[ExperienceRefs]) -> None:
+        """A prompt's scored rollouts are ready.
+
+        Raises ``StalenessError`` if a token is older than the prompt's admission.
+        """
+        if prompt_id in self._finished or prompt_id not in self._deadlines:
+            raise RlhfRayError(f"prompt {prompt_id} is not awaited: it was never admitted, or came in before")
+        admitted = self._deadlines[prompt_id] - self.max_staleness
+        for receipt in (experience.receipt for experience in experiences):
+            if receipt.oldest_version < admitted:
+                raise StalenessError(
+                    f"{receipt.generator} sampled prompt {prompt_id} under version {receipt.oldest_version} "
+                    f"after it had acknowledged version {admitted}"
+                )
+        self._finished[prompt_id] = experiences
         self._changed.set()
 
     async def take(self) -> list[ExperienceRefs]:
-        """The batch for the step that starts at the newest published version, ordered by deadline, then prompt id.
+        """The batch for the step that starts at the newest published version, ordered by deadline, then prompt id;
+        a prompt's experiences stand together.
 
         Waits until the rule allows a choice; ``put`` and ``withdraw`` unblock it. Empty after ``end``.
         """
@@ -127,7 +133,7 @@ class ExperienceBuffer:
         self._in_training = len(chosen)
         for prompt_id in chosen:
             del self._deadlines[prompt_id]
-        return [self._finished.pop(prompt_id) for prompt_id in chosen]
+        return [experience for prompt_id in chosen for experience in self._finished.pop(prompt_id)]
 
     def release(self, version: int) -> None:
         """The version that the taken batch made is published: its slots are free. Unblocks ``acquire``."""

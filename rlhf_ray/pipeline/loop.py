@@ -8,10 +8,10 @@
 
     task      consumes            produces             waits for                       is unblocked by
     _feed     ids of the ledger   one _rollout a slot  a slot                          _learn, publishing a version
-    _rollout  a prompt            an experience        a READY generator, its          weight sync, the workers
-                                                       response, score and ref lps
-    _learn    a batch             a version            B experiences that the          _rollout
-                                                       buffer's rule lets go
+    _rollout  a prompt            its experiences      a READY generator, its          weight sync, the workers
+                                                       responses, scores and ref lps
+    _learn    a batch             a version            B prompts' experiences that     _rollout
+                                                       the buffer's rule lets go
 
 One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Refs pass
 through unopened. Exactly as many prompts are issued as the steps need. The first task that fails ends all others, and
@@ -101,7 +101,7 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._ledger = Ledger()
         self._tally = Tally()
-        self._buffer = ExperienceBuffer(batch_size=config.batch_size, max_staleness=config.max_staleness)
+        self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
         self._stopping = False
@@ -154,18 +154,24 @@ class Pipeline:
             rollout.add_done_callback(self._rollouts.discard)
 
     async def _rollout(self, prompt: Prompt) -> None:
-        receipt, rollout = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
-        self._tally.rollout_stage(prompt.prompt_id, "generate", receipt.seconds)
-        self._stages[prompt.prompt_id] = "being scored"
+        prompt_id = prompt.prompt_id
+        sampled = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
+        self._tally.rollout_stage(prompt_id, "generate", max(receipt.seconds for receipt, _ in sampled))
+        self._stages[prompt_id] = "being scored"
+        scores = asyncio.gather(*(self._scorer.score(rollout) for _, rollout in sampled))
+        references = asyncio.gather(*(self._reference.logprobs(rollout) for _, rollout in sampled))
         async with asyncio.TaskGroup() as both:
-            score = both.create_task(self._timed(prompt.prompt_id, "score", self._scorer.score(rollout)))
-            ref_logprobs = both.create_task(
-                self._timed(prompt.prompt_id, "reference", self._reference.logprobs(rollout))
-            )
-        self._ledger.scored(prompt.prompt_id)
-        del self._stages[prompt.prompt_id]
+            both.create_task(self._timed(prompt_id, "score", scores))
+            both.create_task(self._timed(prompt_id, "reference", references))
+        self._ledger.scored(prompt_id)
+        del self._stages[prompt_id]
+        judged = zip(sampled, scores.result(), references.result(), strict=True)
         self._buffer.put(
-            ExperienceRefs(receipt=receipt, score=score.result(), rollout=rollout, ref_logprobs=ref_logprobs.result())
+            prompt_id,
+            [
+                ExperienceRefs(receipt=receipt, score=score, rollout=rollout, ref_logprobs=ref_logprobs)
+                for (receipt, rollout), score, ref_logprobs in judged
+            ],
         )
 
     async def _learn(self) -> None:
@@ -176,7 +182,7 @@ class Pipeline:
         await self._save()
 
     async def _train(self, batch: list[ExperienceRefs]) -> None:
-        self._ledger.trained([e.receipt.prompt_id for e in batch])
+        self._ledger.trained(list(dict.fromkeys(e.receipt.prompt_id for e in batch)))
         began = _now()
         report = await self._learner.train_step(batch, kl_coef=self._controller.coef)
         if report.version != self._buffer.version + 1:
@@ -193,8 +199,8 @@ class Pipeline:
             await self._publish(report.version)
         others = {"slots_in_use": slots_in_use, "generators": self._pool.size()}
         row = self._tally.step(self._step, batch, report, _now(), others | self._sync.collect_metrics())
-        parts = {e.receipt.prompt_id: {"score_parts": dict(e.score.parts)} for e in batch if e.score.parts}
-        self._on_step(row, [{**sample, **parts.get(sample["prompt_id"], {})} for sample in report.samples])
+        parts = [{"score_parts": dict(e.score.parts)} if e.score.parts else {} for e in batch]
+        self._on_step(row, [{**sample, **of} for sample, of in zip(report.samples, parts, strict=False)])
 
     async def _publish(self, version: int) -> None:
         began = _now()
@@ -243,7 +249,7 @@ class Pipeline:
 
     def _due(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """Ids that the remaining steps need, each with the ledger's word for it: interrupted ones first."""
-        needed = (self._config.steps - self._step) * self._config.batch_size
+        needed = (self._config.steps - self._step) * self._config.prompts_per_step
         again = self._ledger.unfinished()[:needed]
         yield from ((prompt_id, self._ledger.reissue) for prompt_id in again)
         first = self._ledger.next_id
@@ -267,7 +273,7 @@ class Pipeline:
 
     def _what_is_under_way(self) -> str:
         prompts = [f"{n} {stage}" for stage, n in Counter(self._stages.values()).items()]
-        finished = f"{len(self._buffer.finished_ids())} finished of a batch of {self._config.batch_size}"
+        finished = f"{len(self._buffer.finished_ids())} finished of a batch of {self._config.prompts_per_step}"
         workers = ", ".join(f"{name} {state.value}" for name, state in self._pool.states().items())
         return f"prompts: {', '.join([*prompts, finished])}; generators: {workers or 'none'}"
 

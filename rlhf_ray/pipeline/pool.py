@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -182,8 +182,8 @@ class GeneratorPool:
         *,
         on_admit: Callable[[int, int], None] = lambda prompt_id, version: None,
         on_withdraw: Callable[[int], None] = lambda prompt_id: None,
-    ) -> tuple[RolloutReceipt, Ref]:
-        """Sample one response on the least loaded READY generator; on another one if that dies.
+    ) -> Sequence[tuple[RolloutReceipt, Ref]]:
+        """Sample the prompt's responses on the least loaded READY generator; on another one if that dies.
 
         Args:
             on_admit: called with (prompt id, version) as a generator that serves ``version`` gets the prompt.

@@ -37,7 +37,7 @@ class RunSummary:
     staleness_mean: float
     staleness_max: int
     stage_seconds: Mapping[str, float]
-    """wait, train, publish, checkpoint: the learner's time, in all. generate, score, reference: mean of one rollout.
+    """wait, train, publish, checkpoint: the learner's time, in all. generate, score, reference: mean of one prompt.
     sync: mean of the slowest generator's weight updates."""
     sampler_parity_max: float
     """Largest sampler-learner log-probability gap after a sync, nats."""
@@ -53,6 +53,7 @@ class Tally:
     def __init__(self) -> None:
         self.samples = 0
         self.tokens = 0
+        self._prompts = 0
         self.score_first: float | None = None
         self._resumed_samples = 0
         self._resumed_tokens = 0
@@ -73,7 +74,7 @@ class Tally:
         self._sampling_since = now if self._sampling_since is None else self._sampling_since
 
     def rollout_stage(self, prompt_id: int, stage: str, seconds: float) -> None:
-        """One of ``ROLLOUT_STAGES`` is over for one rollout."""
+        """One of ``ROLLOUT_STAGES`` is over for one prompt's responses."""
         self._rollouts[prompt_id][stage] = seconds
 
     def learner_stage(self, stage: str, seconds: float) -> None:
@@ -120,7 +121,8 @@ class Tally:
     def _seconds(self, receipts: Sequence[RolloutReceipt]) -> dict[str, float]:
         spent, self._this_step = self._this_step, defaultdict(float)
         row = {f"seconds_{stage}": spent[stage] for stage in ("wait", "train", "publish")}
-        rollouts = [self._rollouts.pop(r.prompt_id) for r in receipts]
+        rollouts = [self._rollouts.pop(prompt_id) for prompt_id in dict.fromkeys(r.prompt_id for r in receipts)]
+        self._prompts += len(rollouts)
         for stage in ROLLOUT_STAGES:
             of_each = [rollout[stage] for rollout in rollouts]
             self._rollout_totals[stage] += sum(of_each)
@@ -143,7 +145,7 @@ class Tally:
         if self._step_ended is not None and self._sampling_since is not None:
             sampling = self._step_ended - self._sampling_since
         stage_seconds = {stage: self._learner[stage] for stage in LEARNER_STAGES}
-        stage_seconds |= {stage: self._rollout_totals[stage] / max(samples, 1) for stage in ROLLOUT_STAGES}
+        stage_seconds |= {stage: self._rollout_totals[stage] / max(self._prompts, 1) for stage in ROLLOUT_STAGES}
         stage_seconds["sync"] = fmean(self._syncs) if self._syncs else 0.0
         return RunSummary(
             status=status,

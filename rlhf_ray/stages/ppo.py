@@ -70,7 +70,7 @@ def run_ppo(
     encoded = prepared.encode(config.prompts.path)
     if reward_folder is not None:
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
-    prompts = PromptStream(encoded, seed=config.seed)
+    prompts = PromptStream(encoded, seed=config.seed, completions=config.ppo.completions)
     start = _find_start(config, resume)
     with connected():
         check_resources(worker_needs(config))
@@ -241,7 +241,7 @@ async def _start_workers(prepared: Prepared, handle: Any, stack: AsyncExitStack)
     pool = GeneratorPool(
         make,
         count=section.count,
-        max_concurrent=section.max_num_seqs,
+        max_concurrent=max(1, section.max_num_seqs // config.ppo.completions),
         max_restarts=section.max_restarts,
         max_prompt_tries=config.ppo.max_prompt_tries,
     )
@@ -261,6 +261,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         "model.path": config.model.path,
         "prompts.path": config.prompts.path,
         "ppo.batch_size": config.ppo.batch_size,
+        "ppo.completions": config.ppo.completions,
     }
 
 

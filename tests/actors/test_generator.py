@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -78,7 +79,27 @@ async def test_concurrent_prompts_each_get_their_own_rollout_and_receipt() -> No
     worker = GeneratorWorker("generator-0", {})
     answers = await asyncio.gather(*(worker.generate(a_prompt(i)) for i in range(5)))
     assert [rollout.prompt.prompt_id for _, rollout in answers] == list(range(5))
-    assert {(r.generator, r.response_tokens, r.truncated) for r, _ in answers} == {("generator-0", 2, True)}
+    assert {(r.generator, r.response_tokens, r.truncated) for (r,), _ in answers} == {("generator-0", 2, True)}
+    await worker.close()
+
+
+async def test_a_group_is_sampled_under_ids_and_seeds_of_their_own_and_comes_back_as_the_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submitted: list[Prompt] = []
+    submit = ScriptedEngine.submit
+    monkeypatch.setattr(ScriptedEngine, "submit", lambda self, prompt: (submitted.append(prompt), submit(self, prompt)))
+    worker = GeneratorWorker("generator-0", {})
+    group = replace(a_prompt(4), seed=77, completions=3)
+    (receipts, *rollouts), _ = await asyncio.gather(
+        worker.generate(group), worker.generate(replace(group, prompt_id=5))
+    )
+    assert sorted(prompt.prompt_id for prompt in submitted) == [12, 13, 14, 15, 16, 17]
+    seeds = [prompt.seed for prompt in submitted[:3]]
+    assert seeds[0] == 77
+    assert len(set(seeds)) == 3
+    assert [rollout.prompt for rollout in rollouts] == [group] * 3
+    assert [receipt.prompt_id for receipt in receipts] == [4] * 3
     await worker.close()
 
 
@@ -87,7 +108,7 @@ async def test_new_weights_mark_the_tokens_that_follow_and_the_probe_tells_the_g
     packed = {"arrays": {}, "bfloat16": [], "aliases": {}}
     ack = await worker.update_weights(3, packed, Probe(token_ids=(1, 2, 3), logprobs=(-0.5, -0.25)))
     assert (ack.version, ack.parity_max) == (3, 0.25)
-    receipt, rollout = await worker.generate(a_prompt(0))
+    (receipt,), rollout = await worker.generate(a_prompt(0))
     assert rollout.policy_versions == (3, 3)
     assert (receipt.oldest_version, receipt.newest_version) == (3, 3)
     await worker.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,8 @@ def test_a_prompt_carries_its_own_tokens_and_id() -> None:
     assert (prompt.text, prompt.token_ids) in PROMPTS
     assert prompt.prompt_id == 33
     assert prompt.seed == sampling_seed(0, 33)
+    assert prompt.completions == 1
+    assert PromptStream(PROMPTS, seed=0, completions=4).prompt(33) == replace(prompt, completions=4)
 
 
 def test_sampling_seeds_differ_between_prompts_and_runs_and_fit_31_bits() -> None:

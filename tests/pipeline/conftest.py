@@ -33,6 +33,7 @@ class Run:
     max_restarts: int = 3
     max_prompt_tries: int = 3
     start_seconds: float = 0.0
+    prompts: FakePrompts = field(default_factory=FakePrompts)
     scorer: FakeScorer = field(default_factory=FakeScorer)
     reference: FakeReference = field(default_factory=FakeReference)
     learner: FakeLearner = field(default_factory=FakeLearner)
@@ -55,7 +56,7 @@ class Run:
             max_prompt_tries=self.max_prompt_tries,
         )
         self.pipeline = Pipeline(
-            prompts=FakePrompts(),
+            prompts=self.prompts,
             pool=self.pool,
             scorer=self.scorer,
             reference=self.reference,

@@ -48,7 +48,7 @@ def admitted(buffer: ExperienceBuffer, *prompt_ids: int) -> ExperienceBuffer:
 
 def put(buffer: ExperienceBuffer, *prompt_ids: int) -> None:
     for prompt_id in prompt_ids:
-        buffer.put(experience(prompt_id, buffer.version))
+        buffer.put(prompt_id, [experience(prompt_id, buffer.version)])
 
 
 def ids(batch: list[ExperienceRefs] | None) -> list[int] | None:
@@ -77,7 +77,7 @@ def test_a_straggler_is_waited_for_where_the_bound_would_break() -> None:
     admitted(buffer, 4, 5)
     put(buffer, 2, 4, 5)
     assert buffer.try_take() is None  # prompt 0 was admitted at version 0 and must be trained now
-    buffer.put(experience(0, version=0))
+    buffer.put(0, [experience(0, version=0)])
     assert ids(buffer.try_take()) == [0, 2]
 
 
@@ -99,7 +99,7 @@ def test_a_prompt_that_was_issued_again_goes_after_those_that_are_due_before_it(
     buffer.release(1)
     buffer.admit(0, 1)
     put(buffer, 0)
-    buffer.put(experience(1, version=0))
+    buffer.put(1, [experience(1, version=0)])
     assert ids(buffer.try_take()) == [1]
 
 
@@ -188,7 +188,7 @@ def test_a_generator_of_another_version_is_refused() -> None:
 def test_tokens_older_than_the_admission_are_refused() -> None:
     buffer = admitted(ExperienceBuffer(batch_size=1, max_staleness=1, version=3), 0)
     with pytest.raises(StalenessError, match="sampled prompt 0 under version 2 after it had acknowledged version 3"):
-        buffer.put(experience(0, version=2))
+        buffer.put(0, [experience(0, version=2)])
 
 
 def test_a_prompt_needs_a_slot_and_one_generator() -> None:
@@ -264,7 +264,7 @@ class AnyOrder(RuleBasedStateMachine):
         prompt_id = data.draw(st.sampled_from(sorted(self.running)))
         oldest = data.draw(st.integers(self.running[prompt_id], self.version))
         self.finished[prompt_id] = self.running.pop(prompt_id)
-        self.buffer.put(experience(prompt_id, version=oldest))
+        self.buffer.put(prompt_id, [experience(prompt_id, version=oldest)])
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -337,7 +337,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.running[prompt_id] = self.version
             self.seatless.clear()
             for prompt_id, version in list(self.running.items()):
-                self.buffer.put(experience(prompt_id, version=version))
+                self.buffer.put(prompt_id, [experience(prompt_id, version=version)])
                 self.finished[prompt_id] = self.running.pop(prompt_id)
             assert self.take_or_wait(), "deadlock"
 

@@ -18,7 +18,15 @@ from rlhf_ray.errors import NumericalError, ParityError, RlhfRayError, ScorerErr
 from rlhf_ray.pipeline import loop
 from rlhf_ray.pipeline.loop import RunSummary
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
-from rlhf_ray.testing import FakeGenerator, FakeLearner, FakeReference, FakeScorer, simulate, uniform_seconds
+from rlhf_ray.testing import (
+    FakeGenerator,
+    FakeLearner,
+    FakePrompts,
+    FakeReference,
+    FakeScorer,
+    simulate,
+    uniform_seconds,
+)
 from rlhf_ray.types import Ref, Score, StepReport, VersionedWeights
 
 SYNCHRONOUS = {"max_staleness": 0}
@@ -99,6 +107,16 @@ def test_exactly_the_prompts_that_the_steps_need_are_issued(make_run) -> None:
     run = make_run(count=2, ppo={"steps": 5, "batch_size": 3, "max_staleness": 2})
     run.go()
     assert sorted(i for g in run.generators.values() for i in g.prompt_ids) == list(range(15))
+
+
+def test_the_responses_to_a_prompt_stand_together_and_differ(make_run) -> None:
+    run = make_run(prompts=FakePrompts(completions=2), ppo={"steps": 3, "batch_size": 4, "completions": 2})
+    summary = run.go()
+    assert [ids for _, ids in run.learner.batches] == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 5, 5]]
+    assert (summary.samples, summary.lost, summary.trained_twice) == (12, 0, 0)
+    first, second = run.samples[:2]
+    assert first["prompt_id"] == second["prompt_id"] == 0
+    assert first["response"] != second["response"]
 
 
 def test_two_generators_share_the_work(make_run) -> None:
@@ -449,7 +467,8 @@ def test_a_long_wait_says_what_is_waited_for(make_run, caplog: pytest.LogCapture
 @given(data=st.data())
 def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_bound(make_run, data) -> None:
     bound = data.draw(st.integers(0, 3), label="max_staleness")
-    steps, batch = data.draw(st.integers(1, 6), label="steps"), data.draw(st.integers(1, 4), label="batch_size")
+    steps, batch = data.draw(st.integers(1, 6), label="steps"), data.draw(st.integers(1, 4), label="prompts a batch")
+    completions = data.draw(st.integers(1, 3), label="completions")
     calls = st.none() | st.integers(1, 6)
     deaths = data.draw(st.lists(st.tuples(calls, calls), max_size=4), label="(die_at_generate, die_at_update)")
     slowness = data.draw(st.integers(0, 99), label="seed of the durations")
@@ -482,7 +501,13 @@ def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_
         start_seconds=1.0,
         scorer=FakeScorer(seconds=0.5),
         learner=Publishing(seconds=2.0, max_staleness=bound),
-        ppo={"steps": steps, "batch_size": batch, "max_staleness": bound},
+        prompts=FakePrompts(completions=completions),
+        ppo={
+            "steps": steps,
+            "batch_size": batch * completions,
+            "completions": completions,
+            "max_staleness": bound,
+        },
     )
 
     async def with_joins() -> RunSummary:
@@ -494,11 +519,12 @@ def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_
         return await running
 
     summary = simulate(with_joins())
-    assert sorted(run.trained_ids) == list(range(steps * batch))
+    assert sorted(run.trained_ids) == sorted([*range(steps * batch)] * completions)
+    assert all(len(ids) == batch * completions and len(set(ids)) == batch for _, ids in run.learner.batches)
     assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
     assert summary.staleness_max == max(run.learner.stalenesses) <= bound
     if bound == 0:
-        assert run.learner.batches == in_order(steps, batch)
+        assert [(version, ids[::completions]) for version, ids in run.learner.batches] == in_order(steps, batch)
     assert all(g.closed for g in run.generators.values())
 
 

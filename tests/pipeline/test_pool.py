@@ -66,7 +66,7 @@ def in_pool(
 async def generate(pool: GeneratorPool, *prompt_ids: int) -> list[str]:
     """Names of the generators that the prompts ended on."""
     outcomes = await asyncio.gather(*(pool.generate(FakePrompts().prompt(i)) for i in prompt_ids))
-    return [receipt.generator for receipt, _ in outcomes]
+    return [receipt.generator for ((receipt, _),) in outcomes]
 
 
 def failing_in_pool(scenario: Scenario, make: Callable[[str], FakeGenerator], **options: int) -> BaseException:

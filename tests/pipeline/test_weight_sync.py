@@ -68,7 +68,7 @@ def test_every_generator_gets_the_published_version() -> None:
             pool.start(group)
             learner.version = 1
             versions.append(await sync.publish())
-            receipt, _ = await pool.generate(FakePrompts().prompt(0))
+            ((receipt, _),) = await pool.generate(FakePrompts().prompt(0))
             await pool.close()
         return [*versions, receipt.oldest_version]
 
