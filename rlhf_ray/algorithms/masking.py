@@ -27,7 +27,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, count: Tensor | float | None = None)
     Raises:
         ValueError: the shapes differ (broadcasting would count tokens more than once).
     """
-    _require_same_shape(x, mask)
+    require_shape_of_mask(mask, x)
     total = torch.where(mask, x, 0.0).sum()
     return total / (mask.sum() if count is None else count)
 
@@ -59,11 +59,21 @@ def masked_whiten(
     Raises:
         ValueError: the shapes differ.
     """
-    _require_same_shape(x, mask)
+    require_shape_of_mask(mask, x)
     mean, var = masked_moments(x, mask) if moments is None else moments
     return torch.where(mask, x - mean, 0.0) * torch.rsqrt(var + eps)
 
 
-def _require_same_shape(x: Tensor, mask: Tensor) -> None:
-    if x.shape != mask.shape:
-        raise ValueError(f"values of shape {tuple(x.shape)} do not fit a mask of shape {tuple(mask.shape)}")
+def require_shape_of_mask(mask: Tensor, *tensors: Tensor | None) -> None:
+    """Refuses tensors that would be broadcast: a column or a row read once for each token is a mistake that trains.
+
+    Args:
+        mask: the shape that is wanted.
+        tensors: what must have it; None passes.
+
+    Raises:
+        ValueError: one of them has another shape.
+    """
+    for x in tensors:
+        if x is not None and x.shape != mask.shape:
+            raise ValueError(f"values of shape {tuple(x.shape)} do not fit a mask of shape {tuple(mask.shape)}")

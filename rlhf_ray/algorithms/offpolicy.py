@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.masking import masked_mean
+from rlhf_ray.algorithms.masking import masked_mean, require_shape_of_mask
 
 
 @torch.no_grad()
@@ -30,6 +30,7 @@ def importance_weights(
     Raises:
         ValueError: the shapes differ.
     """
+    require_shape_of_mask(mask, old_logprobs, rollout_logprobs)
     ratio = torch.where(mask, old_logprobs - rollout_logprobs, 0.0).exp()
     clipped_share = masked_mean((ratio > cap).to(ratio.dtype), mask)
     return ratio.clamp(max=cap), clipped_share

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.kl import k1
+from rlhf_ray.algorithms.masking import require_shape_of_mask
 
 
 @torch.no_grad()
@@ -36,8 +37,9 @@ def token_rewards(
         [B, T] rewards, 0 where masked, without gradient.
 
     Raises:
-        ValueError: a row has no response token, so its score has nowhere to land.
+        ValueError: the shapes differ, or a row has no response token, so its score has nowhere to land.
     """
+    require_shape_of_mask(mask, logprobs, ref_logprobs)
     if not mask.any(dim=1).all():
         raise ValueError("a response has no tokens, so there is no last token for its score to land on")
     if score_clip is not None:

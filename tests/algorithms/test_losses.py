@@ -40,6 +40,72 @@ def test_the_surrogate_is_clipped_on_the_side_where_there_is_nothing_more_to_gai
     assert logprobs.grad.item() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.25, 1.0, -1.25, -1.25),  # a good token may now gain up to 1.3
+        (1.5, 1.0, -1.3, 0.0),
+        (0.75, -1.0, 0.8, 0.0),  # the lower side stays where it was
+        (0.85, -1.0, 0.85, 0.85),
+        (1.5, -1.0, 1.5, 1.5),
+    ],
+)
+def test_a_higher_upper_clip_lets_a_good_token_gain_more_and_leaves_the_lower_side(ratio, advantage, loss, slope):
+    logprobs = one(-2.0 + math.log(ratio)).requires_grad_()
+    got, _ = policy_loss(logprobs, one(-2.0), one(advantage), ONE, clip=0.2, clip_high=0.3)
+    got.backward()
+    assert got.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (5.0, -1.0, 3.0, 0.0),  # a bad token made five times likelier: punished as if it were three
+        (2.5, -1.0, 2.5, 2.5),  # within the bound
+        (0.5, -1.0, 0.8, 0.0),  # the ordinary clip
+        (5.0, 1.0, -1.2, 0.0),  # good tokens know no second clip
+        (5.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likelier(ratio, advantage, loss, slope):
+    logprobs = one(-2.0 + math.log(ratio)).requires_grad_()
+    got, stats = policy_loss(logprobs, one(-2.0), one(advantage), ONE, clip=0.2, dual_clip=3.0)
+    got.backward()
+    assert got.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(slope)
+    assert stats.dual_clipfrac.item() == (ratio == 5.0 and advantage < 0)
+
+
+def test_the_importance_weight_goes_on_top_of_the_dual_clip():
+    logprobs = one(-2.0 + math.log(5.0))
+    loss, _ = policy_loss(logprobs, one(-2.0), one(-1.0), ONE, clip=0.2, dual_clip=3.0, weights=one(0.5))
+    assert loss.item() == pytest.approx(1.5)
+
+
+def test_the_dual_clip_holds_a_ratio_out_of_all_bounds():
+    loss, _ = policy_loss(one(1000.0), one(0.0), one(-1.0), ONE, clip=0.2, dual_clip=3.0)
+    assert loss.item() == 3.0  # without it e^20
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5])
+def test_a_dual_clip_that_would_hold_an_unchanged_policy_is_refused(bound):
+    with pytest.raises(ValueError, match="choose a bound above 1"):
+        policy_loss(one(-1.0), one(-1.0), one(-1.0), ONE, clip=0.2, dual_clip=bound)
+
+
+def test_policy_stats_follow_both_clips():
+    old = torch.full((1, 5), -1.0)
+    logprobs = old + torch.tensor([[math.log(1.25), math.log(1.5), math.log(0.75), math.log(5.0), NAN]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    _, stats = policy_loss(logprobs, old, -torch.ones(1, 5), mask, clip=0.2, clip_high=0.3, dual_clip=3.0)
+    assert stats.clipfrac.item() == 0.75  # 1.25 is inside 0.8 to 1.3
+    assert stats.dual_clipfrac.item() == 0.25
+    _, stats = policy_loss(logprobs, old, -torch.ones(1, 5), mask, clip=0.2)
+    assert stats.clipfrac.item() == 1.0
+    assert stats.dual_clipfrac.item() == 0.0
+
+
 def test_policy_stats_of_a_hand_made_row():
     old = torch.full((1, 4), -1.0)
     logprobs = old + torch.tensor([[math.log(1.5), 0.0, math.log(0.9), NAN]])
@@ -115,7 +181,7 @@ def test_garbage_in_masked_tokens_touches_neither_losses_nor_gradients():
     mask = torch.tensor([[True, False, False, False, False]])
     old, garbage = torch.tensor([[-1.0, NAN, INF, -INF, -1.0]]), torch.tensor([[1.0, NAN, INF, -INF, NAN]])
     logprobs, values = old.clone().requires_grad_(), old.clone().requires_grad_()
-    policy, stats = policy_loss(logprobs, old, -garbage, mask, clip=0.2, weights=garbage)
+    policy, stats = policy_loss(logprobs, old, -garbage, mask, clip=0.2, clip_high=0.3, dual_clip=3.0, weights=garbage)
     value = value_loss(values, old, garbage, mask, clip=0.2)
     (policy + value).backward()
     assert policy.item() == 1.0
@@ -159,8 +225,12 @@ def batch():
 def both_losses(tensors, mask, count=None):
     logprobs, old, advantages, weights, values, old_values, returns = tensors
     policy, stats = policy_loss(logprobs, old, advantages, mask, clip=0.2, weights=weights, count=count)
+    both, both_stats = policy_loss(
+        logprobs, old, advantages, mask, clip=0.2, clip_high=0.3, dual_clip=1.1, weights=weights, count=count
+    )
     value = value_loss(values, old_values, returns, mask, clip=0.2, count=count)
-    return torch.stack([policy, value, stats.approx_kl, stats.clipfrac])
+    shares = [stats.clipfrac, both_stats.clipfrac, both_stats.dual_clipfrac]
+    return torch.stack([policy, both, value, stats.approx_kl, *shares])
 
 
 def test_micro_batches_add_up_to_the_loss_of_the_whole_batch_and_so_do_their_gradients(batch):
@@ -174,11 +244,11 @@ def test_micro_batches_add_up_to_the_loss_of_the_whole_batch_and_so_do_their_gra
         return [tensor[rows, :width] for tensor in chosen], mask[rows, :width]
 
     whole = both_losses(*with_leaves(whole_leaves, slice(None), 7))
-    whole[:2].sum().backward()
-    parts, means = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    whole[:3].sum().backward()
+    parts, means = torch.zeros(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
     for rows, width in (([0, 4], 7), ([2, 3], 4), ([1], 1)):  # each trimmed to its longest
         part = both_losses(*with_leaves(part_leaves, rows, width), count=mask.sum())
-        part[:2].sum().backward()
+        part[:3].sum().backward()
         parts += part.detach()
         means += both_losses(*with_leaves(tensors[0:5:4], rows, width)) / 3
 
@@ -225,7 +295,7 @@ def test_gradients_of_the_losses_are_those_of_finite_differences(batch):
     def losses(logprobs, values):
         chosen = [*tensors]
         chosen[0], chosen[4] = logprobs, values
-        return both_losses(chosen, mask)[:2]
+        return both_losses(chosen, mask)[:3]
 
     assert torch.autograd.gradcheck(losses, (logprobs, values))
 
@@ -277,3 +347,15 @@ def test_shapes_that_differ_are_refused():
         policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), mask, clip=0.2)
     with pytest.raises(ValueError, match="do not fit a mask"):
         value_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3), mask, clip=0.2)
+
+
+@pytest.mark.parametrize("narrow", range(4))
+def test_a_column_that_would_be_read_once_for_each_token_is_refused(narrow):
+    tensors = [torch.zeros(2, 3) for _ in range(4)]
+    tensors[narrow] = torch.zeros(2, 1)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"shape \(2, 1\) do not fit a mask of shape \(2, 3\)"):
+        policy_loss(*tensors[:3], mask, clip=0.2, weights=tensors[3])
+    if narrow < 3:
+        with pytest.raises(ValueError, match=r"shape \(2, 1\) do not fit a mask of shape \(2, 3\)"):
+            value_loss(*tensors[:3], mask, clip=0.2)

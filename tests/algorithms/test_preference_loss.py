@@ -70,3 +70,17 @@ def test_the_gradient_vanishes_where_the_scores_say_the_probability(p: float, ma
     ).backward()
     assert difference.grad is not None
     assert float(difference.grad) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    chosen, rejected = torch.randn(2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    options = {
+        "probability": torch.tensor([1.0, 0.5, 0.2, 0.0], dtype=torch.float64),
+        "weight": torch.tensor([0.5, 1.5, 1.0, 1.0], dtype=torch.float64),
+        "margin": torch.tensor([0.0, 0.3, -0.2, 1.0], dtype=torch.float64),
+    }
+
+    def differentiable(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return bradley_terry_loss(chosen, rejected, center_coef=0.1, **options)
+
+    assert torch.autograd.gradcheck(differentiable, (chosen.requires_grad_(), rejected.requires_grad_()))

@@ -57,3 +57,8 @@ def test_a_row_without_tokens_is_refused_since_its_score_has_nowhere_to_land():
     mask = torch.tensor([[True, True, True], [False, False, False]])
     with pytest.raises(ValueError, match="no tokens"):
         token_rewards(SCORES, LOGPROBS, REF_LOGPROBS, mask, kl_coef=0.1, truncated=None)
+
+
+def test_log_probabilities_that_would_be_broadcast_are_refused():
+    with pytest.raises(ValueError, match="do not fit a mask"):
+        token_rewards(SCORES, LOGPROBS, REF_LOGPROBS[:1], MASK, kl_coef=0.1, truncated=None)
