@@ -33,6 +33,9 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 ReadFormat = Literal["text", "chat", "response"]
 """How a reward model reads: prompt and response as they stand, under the chat template, or the response alone."""
+Estimator = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"]
+GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_pp_baseline")
+"""Those that compare the responses to one prompt."""
 
 
 class Section(BaseModel):
@@ -120,9 +123,16 @@ class LearnerConfig(Section):
         "auto", description="Autocast of forward and backward; auto: bfloat16 where the hardware has it."
     )
     lr: float = Field(1e-6, gt=0, description="AdamW learning rate of the policy.")
-    value_lr: float | None = Field(
-        None, gt=0, description="Learning rate of the value head; default: that of the policy."
+    value_lr: float | None = Field(None, gt=0, description="Learning rate of the critic; default: that of the policy.")
+    critic: Literal["head", "model"] = Field(
+        "head", description="head: a value head on the policy's trunk. model: a trunk of its own, twice the memory."
     )
+    critic_path: str | None = Field(
+        None,
+        description="critic = model: folder or hub id that its trunk starts from, such as the reward model's; it must "
+        "share the policy's tokenizer. Default: model.path.",
+    )
+    critic_warmup_steps: int = Field(0, ge=0, description="First steps in which only the critic learns.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW momentum coefficients.")
     eps: float = Field(1e-5, gt=0, description="AdamW epsilon (1e-5 as in the reference PPO implementation).")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
@@ -162,9 +172,20 @@ class PPOConfig(Section):
     max_staleness: int = Field(1, ge=0, description="Learner versions a sample may lag behind; 0 is synchronous.")
     epochs: int = Field(1, ge=1, description="Passes over each batch.")
     minibatches: int = Field(1, ge=1, description="Optimiser steps per pass; must divide batch_size.")
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    estimator: Estimator = Field(
+        "gae",
+        description="Where advantages come from. gae: a critic. rloo, grpo, dr_grpo, reinforce_pp_baseline: the other "
+        "responses to the prompt, so completions must be 2 or more. reinforce_pp: the batch.",
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token; of gae and reinforce_pp.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE lambda.")
     clip: float = Field(0.2, gt=0, description="Ratio clip around the proximal policy.")
+    clip_high: float | None = Field(
+        None, gt=0, description="How far above 1 the ratio may rise, where that is not clip (DAPO takes 0.28)."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="Largest ratio that counts against a token of negative advantage, such as 3; none: any."
+    )
     value_clip: float = Field(0.2, gt=0, description="Clip of the value's change.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
@@ -187,6 +208,15 @@ class PPOConfig(Section):
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end and on Ctrl-C.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
     samples_per_step: int = Field(2, ge=0, description="Responses written to samples.jsonl each step.")
+
+    @model_validator(mode="after")
+    def _groups_can_be_compared(self) -> PPOConfig:
+        if self.estimator in GROUP_ESTIMATORS and self.completions < 2:
+            raise ValueError(
+                f"ppo.estimator = {self.estimator} compares the responses to one prompt, but ppo.completions = "
+                f"{self.completions}; set it to 2 or more, such as 4"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PPOConfig:
@@ -586,6 +616,19 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
     if (kl.loss == "none") != (kl.loss_coef == 0):
         yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
+    if config.ppo.estimator != "gae":
+        defaults = LearnerConfig()
+        for key in ("value_lr", "critic", "critic_path", "critic_warmup_steps"):
+            if (value := getattr(config.learner, key)) != getattr(defaults, key):
+                yield (
+                    f"learner.{key} = {value} is of a critic, and ppo.estimator = {config.ppo.estimator} has none; "
+                    "drop it, or use gae"
+                )
+    if config.learner.critic == "head" and config.learner.critic_path is not None:
+        yield (
+            f"learner.critic_path = {config.learner.critic_path} is read for learner.critic = model only; "
+            "set that, or drop the path"
+        )
     if kl.controller == "adaptive" and kl.coef == 0:
         yield "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05"
     if config.device == "cpu" and any(gpus.values()):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
+from rlhf_ray import config
+from rlhf_ray.algorithms import advantages
 from rlhf_ray.config import RunConfig, load_config, save_resolved
 from rlhf_ray.config_file import config_keys, recipe_names, recipe_text
 from rlhf_ray.errors import ConfigError
@@ -232,6 +235,21 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "[1, 2, 3, 4, 6, 12] (run.yaml:8, run.yaml:7)",
         ),
         (
+            "ppo: {estimator: rloo}",
+            "ppo.estimator = rloo compares the responses to one prompt, but ppo.completions = 1; set it to 2 or more, "
+            "such as 4 (run.yaml:6)",
+        ),
+        (
+            "ppo: {estimator: reinforce_pp}\nlearner:\n  critic: model",
+            "learner.critic = model is of a critic, and ppo.estimator = reinforce_pp has none; drop it, or use gae "
+            "(run.yaml:8, run.yaml:6)",
+        ),
+        (
+            "learner: {critic_path: runs/a/reward}",
+            "learner.critic_path = runs/a/reward is read for learner.critic = model only; set that, or drop the path "
+            "(run.yaml:6)",
+        ),
+        (
             "ppo: {batch_size: 8, completions: 3}",
             "ppo.completions = 3 does not divide ppo.batch_size = 8; choose completions from [1, 2, 4, 8] (run.yaml:6)",
         ),
@@ -368,3 +386,8 @@ def test_the_keys_of_every_kind_of_scorer_are_listed_and_the_common_ones_once() 
         *(f"scorers.N.{key}" for key in ("kind", "urls", "model", "api_key_env", "timeout_s", "tries")),
         *(f"scorers.N.{key}" for key in ("kind", "function")),
     ]
+
+
+def test_the_estimators_of_the_configuration_are_those_that_there_are() -> None:
+    assert get_args(config.Estimator) == get_args(advantages.EstimatorName)
+    assert set(config.GROUP_ESTIMATORS) == advantages.NEED_GROUPS

@@ -59,13 +59,23 @@ class RayLearner:
         self._actor = actor
 
     @classmethod
-    def start(cls, config: RunConfig, model_folder: str) -> RayLearner:
-        """Start the actor; ``ready_ref`` tells when it is up. Every precision of ``config`` must be resolved."""
+    def start(cls, config: RunConfig, model_folder: str, critic_folder: str | None = None) -> RayLearner:
+        """Start the actor; ``ready_ref`` tells when it is up. Every precision of ``config`` must be resolved.
+
+        Args:
+            critic_folder: as of ``PPOLearner``.
+        """
         section = config.learner
         device = config.device_of(section.num_gpus)
         actor = start_actor(
             LearnerWorker,
-            {"config": config, "model_folder": model_folder, "device": device, "precision": section.precision},
+            {
+                "config": config,
+                "model_folder": model_folder,
+                "critic_folder": critic_folder,
+                "device": device,
+                "precision": section.precision,
+            },
             config.generator.dtype,
             num_cpus=section.num_cpus,
             num_gpus=section.num_gpus,

@@ -25,7 +25,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_ray.checkpoint import MARKER, mark_complete
 from rlhf_ray.errors import ModelError, ResourceError
@@ -126,6 +126,30 @@ def load_policy_model(folder: str | Path, *, trust_remote_code: bool = False) ->
         raise _unreadable("model", folder, error) from error
     check_nothing_missing(folder, loading)
     return switch_off_dropout(model)
+
+
+def load_trunk(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """A model's layers without its head, float32, every dropout off: of a language model or of a reward model.
+
+    Raises:
+        ModelError: the folder holds no safetensors weights, or lacks some.
+    """
+    try:
+        with quiet():
+            config = _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+            trunk, loading = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+    except _UNREADABLE as error:
+        raise _unreadable("model", folder, error) from error
+    check_nothing_missing(folder, loading)
+    return switch_off_dropout(trunk)
 
 
 def context_length(folder: str | Path, *, trust_remote_code: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face causal language model and, on the same trunk, a value head.
+"""The policy, a Hugging Face causal language model; and its critic, a value head on that trunk or on one of its own.
 
 Shapes: B sequences, L tokens (padded right), T response tokens, N unmasked response tokens, d hidden size, V
 vocabulary.
@@ -34,7 +34,7 @@ class PolicyOutput:
 
 
 class PolicyModel(nn.Module):
-    """Log-probabilities, values and entropy of given responses, in one pass over the trunk.
+    """Log-probabilities, values and entropy of given responses, in one pass over each trunk.
 
     The trunk reads everything; only the positions that predict a response token go through the vocabulary, whose logits
     are most of the memory.
@@ -43,10 +43,11 @@ class PolicyModel(nn.Module):
     it. That keeps the attention kernel on its fast causal path; so does packing.
     """
 
-    def __init__(self, language_model: Any, *, packed: bool = False) -> None:
+    def __init__(self, language_model: Any, *, critic: Any = None, packed: bool = False) -> None:
         """
         Args:
             language_model: any Hugging Face causal LM that is a trunk (``base_model``) and a linear head, on the CPU.
+            critic: a trunk for the values alone, which reads the same token ids; None: they share the policy's.
             packed: let the trunk read all rows as one without padding, if it can.
 
         Raises:
@@ -54,9 +55,11 @@ class PolicyModel(nn.Module):
         """
         super().__init__()
         self.language_model = language_model
-        self.value_head = ValueHead(language_model.config.get_text_config().hidden_size)
+        self.critic = critic
+        self.value_head = ValueHead((critic or language_model).config.get_text_config().hidden_size)
         _check_head(language_model)
-        self._packs = packed and pack(language_model.base_model)
+        trunks = [language_model.base_model] if critic is None else [language_model.base_model, critic]
+        self._packed = {id(trunk) for trunk in trunks if packed and pack(trunk)}
 
     def forward(
         self,
@@ -67,6 +70,7 @@ class PolicyModel(nn.Module):
         *,
         temperature: float,
         with_values: bool = False,
+        values_apart: bool = False,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
     ) -> PolicyOutput:
@@ -77,10 +81,17 @@ class PolicyModel(nn.Module):
             response_ids: [B, T].
             response_mask: [B, T] bool, True on response tokens.
             temperature: divides the logits.
+            values_apart: the values' gradient ends at the policy's trunk: only the critic learns from them.
             entropy_gradient: keep the entropy in the graph, for a bonus in the loss; without it, it is only measured.
         """
         rows, tokens = response_mask.nonzero(as_tuple=True)
-        selected = self._hidden(input_ids, prompt_len + response_mask.sum(dim=1), rows, prompt_len[rows] + tokens - 1)
+        places = (rows, prompt_len[rows] + tokens - 1)
+        lengths = prompt_len + response_mask.sum(dim=1)
+        selected = self._hidden(self.language_model.base_model, input_ids, lengths, *places)
+        values = None
+        if with_values:
+            read = selected if self.critic is None else self._hidden(self.critic, input_ids, lengths, *places)
+            values = self.value_head(read.detach() if values_apart and self.critic is None else read)
 
         def padded(flat: Tensor) -> Tensor:
             return flat.new_zeros(response_mask.shape).masked_scatter(response_mask, flat)
@@ -95,17 +106,16 @@ class PolicyModel(nn.Module):
         )
         return PolicyOutput(
             logprobs=padded(logprobs),
-            values=padded(self.value_head(selected)) if with_values else None,
+            values=None if values is None else padded(values),
             entropy=None if entropy is None else padded(entropy),
         )
 
-    def _hidden(self, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """[N, d]: the trunk's last hidden states at N places of the [B, L] ``input_ids``.
+    def _hidden(self, trunk: Any, input_ids: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """[N, d]: a trunk's last hidden states at N places of the [B, L] ``input_ids``.
 
         The last token of a row predicts nothing that is asked for, so the trunk does not read it.
         """
-        trunk = self.language_model.base_model
-        if not self._packs:
+        if id(trunk) not in self._packed:
             hidden: Tensor = trunk(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
             return hidden[rows, columns]
         lengths = lengths - 1

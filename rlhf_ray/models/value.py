@@ -1,4 +1,4 @@
-"""The critic: one number per token from the policy's own trunk."""
+"""The critic's head: one number per token from the policy's own trunk, or from one of the critic's."""
 
 from __future__ import annotations
 

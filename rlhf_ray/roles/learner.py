@@ -23,6 +23,7 @@ from rlhf_ray.errors import InputError, NumericalError, StalenessError
 from rlhf_ray.models.loading import (
     load_policy_model,
     load_tokenizer,
+    load_trunk,
     quiet,
     resolve_device,
     resolve_precision,
@@ -46,10 +47,18 @@ class PPOLearner:
     ``learner.max_skipped_steps`` in a row end the run.
     """
 
-    def __init__(self, config: RunConfig, model_folder: str, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model_folder: str,
+        device: str = "auto",
+        precision: str = "auto",
+        critic_folder: str | None = None,
+    ) -> None:
         """
         Args:
             model_folder: Hugging Face folder or hub id of the policy to start from.
+            critic_folder: of the model whose trunk the critic starts from; None: it is a head on the policy's.
             device: "cpu", "cuda", or "auto": cuda where ``learner.num_gpus`` asks for one.
             precision: of forward and backward (autocast).
 
@@ -63,9 +72,12 @@ class PPOLearner:
         trust = config.model.trust_remote_code
         self._tokenizer = load_tokenizer(model_folder, need_chat_template=False, trust_remote_code=trust)
         language_model = load_policy_model(model_folder, trust_remote_code=trust)
+        critic = load_trunk(critic_folder, trust_remote_code=trust) if critic_folder else None
         if config.learner.gradient_checkpointing:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model = PolicyModel(language_model, packed=self._device.type == "cpu").to(self._device).train()
+            for model in (language_model, critic) if critic else (language_model,):
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = PolicyModel(language_model, critic=critic, packed=self._device.type == "cpu")
+        self._model = policy.to(self._device).train()
         self._optimizer = _new_optimizer(self._model, config)
         self._rng = torch.Generator().manual_seed(config.seed)
         self._ppo = PPOUpdate(
@@ -103,7 +115,9 @@ class PPOLearner:
         metrics = _describe(batch) | {"kl_coef": kl_coef, "lr": self._set_learning_rate(), "skipped": 0.0}
         kl: list[float] | None = None
         try:
-            update, old_logprobs = self._ppo.run(batch, kl_coef=kl_coef)
+            update, old_logprobs = self._ppo.run(
+                batch, kl_coef=kl_coef, critic_only=self._version < self._config.learner.critic_warmup_steps
+            )
             metrics |= update | _sampler_gap(experiences, batch, old_logprobs, self._version)
             kl = k1(old_logprobs, batch.ref_logprobs).sum(dim=1).tolist()
             self._skipped_in_a_row = 0
@@ -224,14 +238,14 @@ class PPOLearner:
 
 
 def _new_optimizer(model: PolicyModel, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW with the value head's own rate; only matrices of the policy decay, never norms and biases."""
+    """AdamW with the critic's own rate; only matrices of the policy decay, never norms and biases."""
     section = config.learner
     policy = list(model.language_model.parameters())
-    value_lr = section.value_lr or section.lr
+    critic = [*model.value_head.parameters(), *(model.critic.parameters() if model.critic is not None else ())]
     groups = [
         {"params": [p for p in policy if p.ndim >= 2], "full_lr": section.lr, "weight_decay": section.weight_decay},
         {"params": [p for p in policy if p.ndim < 2], "full_lr": section.lr, "weight_decay": 0.0},
-        {"params": list(model.value_head.parameters()), "full_lr": value_lr, "weight_decay": 0.0},
+        {"params": critic, "full_lr": section.value_lr or section.lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

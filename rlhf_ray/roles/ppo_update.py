@@ -1,6 +1,8 @@
-"""One PPO update of a policy with a value head: the arithmetic of a learner's step.
+"""One PPO update of a policy: the arithmetic of a learner's step.
 
-    old log-probs, values ─► token rewards ─► GAE ─► whitening ─► clipped losses ─► gradient ─► AdamW
+    old log-probs, values ─► token rewards ─► advantages ─► clipped losses ─► gradient ─► AdamW
+
+The value head takes part where the advantage estimator reads values; with the others there is no critic.
 
 Losses are sums over micro-batches divided by the tokens of the whole minibatch, so how a batch is cut changes nothing
 but memory.
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_ray.algorithms.advantages import gae
+from rlhf_ray.algorithms.advantages import NEED_VALUES, estimate
 from rlhf_ray.algorithms.kl import k1, k2, k3
 from rlhf_ray.algorithms.losses import explained_variance, policy_loss, value_loss
-from rlhf_ray.algorithms.masking import masked_mean, masked_whiten
+from rlhf_ray.algorithms.masking import masked_mean
 from rlhf_ray.algorithms.offpolicy import importance_weights
 from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.config import RunConfig
@@ -43,7 +45,8 @@ class Evaluation:
     """The policy's view of a batch: [B, T], 0 where masked."""
 
     logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
+    """None without a critic."""
     entropy: Tensor
 
 
@@ -52,7 +55,8 @@ class Targets:
     """What the losses pull towards: [B, T], without gradient, the same in every pass over a batch."""
 
     old_logprobs: Tensor
-    old_values: Tensor
+    old_values: Tensor | None
+    """None without a critic."""
     advantages: Tensor
     returns: Tensor
     weights: Tensor | None
@@ -90,9 +94,14 @@ class PPOUpdate:
         self._config = config
         self._dtype = dtype
         self._rng = rng
+        self._critic = config.ppo.estimator in NEED_VALUES
+        self._critic_only = False
 
-    def run(self, batch: Batch, *, kl_coef: float) -> tuple[dict[str, float], Tensor]:
+    def run(self, batch: Batch, *, kl_coef: float, critic_only: bool = False) -> tuple[dict[str, float], Tensor]:
         """Update the model in place; returns the metrics and the [B, T] log-probabilities before the update.
+
+        Args:
+            critic_only: the policy stays as it is.
 
         Raises:
             NonFiniteError: an input, log-probability, loss or gradient norm is not finite; from then on no weight
@@ -100,11 +109,12 @@ class PPOUpdate:
         """
         refuse_non_finite(batch, rollout_logprobs=batch.rollout_logprobs, ref_logprobs=batch.ref_logprobs)
         refuse_non_finite(batch, score=batch.scores.unsqueeze(1))
+        self._critic_only = critic_only
         pieces = self._pieces(batch)
         single_pass = self._single_pass(pieces)
         with torch.set_grad_enabled(single_pass):
             before = self._evaluate(batch, pieces)
-        refuse_non_finite(batch, logprobs=before.logprobs, values=before.values)
+        _refuse_non_finite_view(batch, before)
         targets, metrics = self._targets(batch, before, kl_coef)
         if single_pass:
             stats = self._step([(batch, before, targets)], batch.response_mask.sum())
@@ -135,14 +145,13 @@ class PPOUpdate:
         width = batch.response_ids.shape[1]
         order = torch.tensor([row for rows in pieces for row in rows], device=batch.response_ids.device).argsort()
 
-        def joined(parts: Iterable[Tensor]) -> Tensor:
+        def joined(name: str) -> Any:
+            parts = [getattr(output, name) for output in outputs]
+            if parts[0] is None:
+                return None
             return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])[order]
 
-        return Evaluation(
-            logprobs=joined(output.logprobs for output in outputs),
-            values=joined(output.values for output in outputs),
-            entropy=joined(output.entropy for output in outputs),
-        )
+        return Evaluation(logprobs=joined("logprobs"), values=joined("values"), entropy=joined("entropy"))
 
     def _forward(self, batch: Batch) -> Evaluation:
         with self.autocast():
@@ -152,18 +161,18 @@ class PPOUpdate:
                 batch.response_ids,
                 batch.response_mask,
                 temperature=self._config.sampling.temperature,
-                with_values=True,
+                with_values=self._critic,
+                values_apart=self._critic_only,
                 with_entropy=True,
                 entropy_gradient=self._config.ppo.entropy_coef > 0,
             )
-        assert output.values is not None
         assert output.entropy is not None
         return Evaluation(logprobs=output.logprobs, values=output.values, entropy=output.entropy)
 
     @torch.no_grad()
     def _targets(self, batch: Batch, before: Evaluation, kl_coef: float) -> tuple[Targets, dict[str, float]]:
         ppo, mask = self._config.ppo, batch.response_mask
-        old_logprobs, old_values = before.logprobs.detach(), before.values.detach()
+        old_logprobs, old_values = before.logprobs.detach(), None if before.values is None else before.values.detach()
         rewards = token_rewards(
             batch.scores,
             old_logprobs,
@@ -174,7 +183,15 @@ class PPOUpdate:
             missing_eos_penalty=ppo.missing_eos_penalty,
             score_clip=ppo.score_clip,
         )
-        advantages, returns = gae(rewards, old_values, mask, gamma=ppo.gamma, lam=ppo.lam)
+        advantages, returns = estimate(
+            ppo.estimator,
+            rewards,
+            mask,
+            values=old_values,
+            groups=torch.tensor(batch.prompt_ids, device=mask.device),
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+        )
         weights, importance = None, {"importance_mean": 1.0, "importance_clipped": 0.0}
         if batch.staleness.any():
             weights, clipped = importance_weights(old_logprobs, batch.rollout_logprobs, mask, cap=ppo.importance_cap)
@@ -182,15 +199,16 @@ class PPOUpdate:
         targets = Targets(
             old_logprobs=old_logprobs,
             old_values=old_values,
-            advantages=masked_whiten(advantages, mask),
+            advantages=advantages,
             returns=returns,
             weights=weights,
         )
         metrics = {
             "kl": float(k1(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
             "kl_k3": float(k3(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
-            "explained_variance": explained_variance(old_values, returns, mask),
         }
+        if old_values is not None:
+            metrics["explained_variance"] = explained_variance(old_values, returns, mask)
         return targets, metrics | importance
 
     def _epochs(self, batch: Batch, targets: Targets) -> dict[str, float]:
@@ -218,7 +236,7 @@ class PPOUpdate:
         totals: dict[str, float] = {}
         suspect = (-1.0, -1)
         for batch, current, targets in parts:
-            refuse_non_finite(batch, logprobs=current.logprobs, values=current.values)
+            _refuse_non_finite_view(batch, current)
             loss, stats = self._loss(batch, current, targets, count)
             suspect = max(suspect, _furthest(batch, current, targets))
             if not torch.isfinite(loss):
@@ -242,22 +260,29 @@ class PPOUpdate:
             targets.advantages,
             mask,
             clip=ppo.clip,
+            clip_high=ppo.clip_high,
+            dual_clip=ppo.dual_clip,
             weights=targets.weights,
             count=count,
         )
-        value = value_loss(current.values, targets.old_values, targets.returns, mask, clip=ppo.value_clip, count=count)
         entropy = masked_mean(current.entropy, mask, count=count)
-        loss = policy + ppo.value_coef * value - ppo.entropy_coef * entropy
+        loss = policy - ppo.entropy_coef * entropy
         if ppo.kl.loss != "none":
             estimate = {"k2": k2, "k3": k3}[ppo.kl.loss](current.logprobs, batch.ref_logprobs)
             loss = loss + ppo.kl.loss_coef * masked_mean(estimate, mask, count=count)
-        return loss, {
+        metrics = {
             "loss_policy": policy.detach(),
-            "loss_value": value.detach(),
             "entropy": entropy.detach(),
             "approx_kl": stats.approx_kl,
             "clipfrac": stats.clipfrac,
         }
+        if ppo.dual_clip is not None:
+            metrics["dual_clipfrac"] = stats.dual_clipfrac
+        if current.values is None or targets.old_values is None:
+            return loss, metrics
+        value = value_loss(current.values, targets.old_values, targets.returns, mask, clip=ppo.value_clip, count=count)
+        of_critic = ppo.value_coef * value
+        return of_critic if self._critic_only else loss + of_critic, metrics | {"loss_value": value.detach()}
 
 
 def refuse_non_finite(batch: Batch, **per_row: Tensor) -> None:
@@ -268,6 +293,12 @@ def refuse_non_finite(batch: Batch, **per_row: Tensor) -> None:
         bad = (~torch.isfinite(tensor)).any(dim=1)
         if bad.any():
             raise NonFiniteError(f"{name} holds NaN or infinity", batch.prompt_ids[int(bad.int().argmax())])
+
+
+def _refuse_non_finite_view(batch: Batch, view: Evaluation) -> None:
+    refuse_non_finite(batch, logprobs=view.logprobs)
+    if view.values is not None:
+        refuse_non_finite(batch, values=view.values)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from rlhf_ray.stages.prepare import (
     check_reward_model_reads,
     check_reward_quality,
     check_scorers,
+    critic_folder,
     prepare,
 )
 from rlhf_ray.stages.serve import ServedReward, served_reward
@@ -71,12 +72,13 @@ def run_ppo(
     if reward_folder is not None:
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     prompts = PromptStream(encoded, seed=config.seed, completions=config.ppo.completions)
+    critic = critic_folder(prepared)
     start = _find_start(config, resume)
     with connected():
         check_resources(worker_needs(config))
         save_resolved(config, config.run_dir / RESOLVED_FILE)
         with _status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
-            summary = asyncio.run(_run(prepared, prompts, handle, start, on_step or (lambda metrics: None)))
+            summary = asyncio.run(_run(prepared, critic, prompts, handle, start, on_step or (lambda metrics: None)))
             write_summary(config.run_dir, asdict(summary))
     return summary
 
@@ -163,9 +165,11 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
     return _Start(folder=folder, state=state)
 
 
-async def _run(prepared: Prepared, prompts: PromptStream, handle: Any, start: _Start, on_step: OnStep) -> RunSummary:
+async def _run(
+    prepared: Prepared, critic: str | None, prompts: PromptStream, handle: Any, start: _Start, on_step: OnStep
+) -> RunSummary:
     async with AsyncExitStack() as stack:
-        workers = await _start_workers(prepared, handle, stack)
+        workers = await _start_workers(prepared, critic, handle, stack)
         return await _train(prepared.config, workers, prompts, start, on_step)
 
 
@@ -203,13 +207,13 @@ async def _train(
     return summary
 
 
-async def _start_workers(prepared: Prepared, handle: Any, stack: AsyncExitStack) -> Workers:
+async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, stack: AsyncExitStack) -> Workers:
     """Start every worker at once; returns when all but the generators are up (the pool waits for its own).
 
     Whatever was started is ended with ``stack``, also when another worker fails to start.
     """
     config, folder = prepared.config, prepared.model_folder
-    learner = RayLearner.start(config, folder)
+    learner = RayLearner.start(config, folder, critic)
     stack.callback(learner.close)
     reference = RayReference.start(config, reference_options(config, folder))
     stack.callback(reference.close)

@@ -124,6 +124,28 @@ def check_reward_model_reads(prepared: Prepared, reward_folder: Path, prompts: S
         )
 
 
+def critic_folder(prepared: Prepared) -> str | None:
+    """Folder of the model that the critic's own trunk starts from; None where the critic is a head on the policy.
+
+    Raises:
+        ModelError: it reads other token ids than the policy writes.
+    """
+    config = prepared.config
+    if config.learner.critic == "head":
+        return None
+    path, trust = config.learner.critic_path, config.model.trust_remote_code
+    if path is None:
+        return prepared.model_folder
+    folder = resolve_model(path, cache_dir=config.model.cache_dir, trust_remote_code=trust)
+    theirs = load_tokenizer(folder, need_chat_template=False, trust_remote_code=trust)
+    if theirs.get_vocab() != prepared.tokenizer.get_vocab():
+        raise ModelError(
+            f"learner.critic_path = {path} has another tokenizer than the policy, whose token ids the critic reads; "
+            "name a model of the same family, such as the run's reward model"
+        )
+    return folder
+
+
 def check_reward_quality(folder: Path, *, min_accuracy: float) -> None:
     """Refuse a reward model that its own report says cannot be trusted; one without a report passes with a warning.
 

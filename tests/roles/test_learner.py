@@ -40,7 +40,8 @@ def make_learner(tiny_model_dir: Path, tmp_path: Path) -> MakeLearner:
                 "ppo": ppo or {},
             }
         )
-        return PPOLearner(config, str(tiny_model_dir), "cpu", "float32")
+        critic = str(tiny_model_dir) if config.learner.critic == "model" else None
+        return PPOLearner(config, str(tiny_model_dir), "cpu", "float32", critic_folder=critic)
 
     return make
 
@@ -237,7 +238,17 @@ def test_a_kl_term_in_the_loss_pulls_to_the_reference(make_learner: MakeLearner)
     assert distances[-1] < 0.8 * distances[0]
 
 
-@pytest.mark.parametrize("bound", [{"clip": 1e-4}, {"value_clip": 1e-4}, {"score_clip": 0.1}, {"importance_cap": 1.0}])
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"clip": 1e-4},
+        {"clip_high": 1e-4},
+        {"dual_clip": 1.0001},
+        {"value_clip": 1e-4},
+        {"score_clip": 0.1},
+        {"importance_cap": 1.0},
+    ],
+)
 def test_each_bound_of_the_loss_is_the_configurations(
     make_learner: MakeLearner, tiny_model_dir: Path, bound: dict[str, float]
 ) -> None:
@@ -457,13 +468,27 @@ def sample(model: Any, prompts: Tensor, length: int, generator: torch.Generator)
     return ids[:, prompts.shape[1] :], torch.cat(logprobs, dim=1)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_training_raises_the_reward_that_it_is_given(make_learner: MakeLearner, tiny_model_dir: Path, lag: int) -> None:
+@pytest.mark.parametrize(
+    ("lag", "ppo"),
+    [
+        (0, {}),
+        (1, {}),
+        (0, {"estimator": "rloo", "completions": 4}),
+        (1, {"estimator": "grpo", "completions": 4, "kl": {"loss": "k3", "loss_coef": 0.01}}),
+        (0, {"estimator": "dr_grpo", "completions": 4, "clip_high": 0.28}),
+        (0, {"estimator": "reinforce_pp", "dual_clip": 3.0}),
+        (0, {"estimator": "reinforce_pp_baseline", "completions": 4}),
+    ],
+)
+def test_training_raises_the_reward_that_it_is_given(
+    make_learner: MakeLearner, tiny_model_dir: Path, lag: int, ppo: dict[str, Any]
+) -> None:
     """Reward: the share of tokens below 160. Samples come from the weights of ``lag`` versions ago."""
-    learner = make_learner(lr=3e-2, ppo={"max_staleness": lag, "missing_eos_penalty": 0.0, "batch_size": 32})
+    learner = make_learner(lr=3e-2, ppo={"max_staleness": lag, "missing_eos_penalty": 0.0, "batch_size": 32, **ppo})
+    group = learner._config.ppo.completions
     reference = ReferenceModel(tiny_model_dir, precision="float32", temperature=TEMPERATURE, threads=1)
     sampler, generator = load_policy_model(tiny_model_dir), torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 300, (32, 4), generator=generator)
+    prompts = torch.randint(3, 300, (32 // group, 4), generator=generator).repeat_interleave(group, dim=0)
     published = [learner.weights()]
     shares = []
     for version in range(20):
@@ -472,7 +497,7 @@ def test_training_raises_the_reward_that_it_is_given(make_learner: MakeLearner, 
         tokens, logprobs = sample(sampler, prompts, 8, generator)
         rollouts = [
             replace(
-                rollout(i, prompts[i].tolist(), tokens[i].tolist(), version=behind),
+                rollout(i // group, prompts[i].tolist(), tokens[i].tolist(), version=behind),
                 rollout_logprobs=tuple(logprobs[i].tolist()),
                 finish_reason="length",
             )
@@ -490,3 +515,60 @@ def test_training_raises_the_reward_that_it_is_given(make_learner: MakeLearner, 
     assert np.mean(shares[:3]) < 0.6
     assert np.mean(shares[-3:]) > 0.8
     assert metrics["kl"] > 1.0
+
+
+# Without a critic, and with one of its own
+
+
+def test_without_a_critic_nothing_is_said_of_one_and_its_head_never_moves(make_learner: MakeLearner) -> None:
+    learner = make_learner(ppo={"estimator": "reinforce_pp"})
+    report = learner.train_step(batch(), kl_coef=0.1)
+    assert not {"loss_value", "explained_variance"} & set(report.metrics)
+    assert report.metrics["skipped"] == 0
+    assert not learner._model.value_head.linear.weight.any()
+
+
+def test_a_group_estimator_compares_the_responses_to_one_prompt(make_learner: MakeLearner) -> None:
+    """Where all of a group have the same score, none of them teaches anything, whatever others scored."""
+    learner = make_learner(ppo={"estimator": "rloo", "completions": 2})
+    start = parameters(learner)
+    paired = [
+        replace(e, score=float(i // 2), rollout=replace(e.rollout, prompt=batch()[i // 2].rollout.prompt))
+        for i, e in enumerate(batch())
+    ]
+    learner.train_step(paired, kl_coef=0.0)
+    assert largest_difference(parameters(learner), start) < 1e-7
+    uneven = [replace(e, score=float(i)) for i, e in enumerate(paired)]
+    learner.train_step(uneven, kl_coef=0.0)
+    assert largest_difference(parameters(learner), start) > 1e-4
+
+
+def test_a_critic_of_its_own_learns_apart_from_the_policy(make_learner: MakeLearner, tmp_path: Path) -> None:
+    learner = make_learner(critic="model", value_lr=1e-2, ppo={"max_staleness": 9})
+    start = parameters(learner)
+    learner.train_step(batch(), kl_coef=0.1)  # the head starts at zero: the trunk behind it learns from the next on
+    losses = [learner.train_step(batch(), kl_coef=0.1).metrics["loss_value"] for _ in range(4)]
+    moved = {name for name, value in parameters(learner).items() if not torch.equal(value, start[name])}
+    assert {"critic.layers.0.mlp.up_proj.weight", "value_head.linear.weight"} <= moved
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in moved
+    assert losses[-1] < 0.8 * losses[0]
+    assert set(learner.weights()) == set(load_policy_model(learner._config.model.path).state_dict())
+    learner.save(tmp_path / "checkpoint")
+    again = make_learner(critic="model", value_lr=1e-2, ppo={"max_staleness": 9})
+    again.load(tmp_path / "checkpoint")
+    assert largest_difference(parameters(again), parameters(learner)) == 0.0
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_the_critic_warms_up_while_the_policy_stays(make_learner: MakeLearner, critic: str, tmp_path: Path) -> None:
+    learner = make_learner(critic=critic, critic_warmup_steps=2, ppo={"max_staleness": 9, "epochs": 2})
+    policy = {name: value.clone() for name, value in learner.weights().items()}
+    head = learner._model.value_head.linear.weight.detach().clone()
+    for _ in range(2):
+        learner.train_step(batch(), kl_coef=0.1)
+        assert largest_difference(dict(learner.weights()), policy) == 0.0
+    assert not torch.equal(learner._model.value_head.linear.weight, head)
+    learner.save(tmp_path / "warm")
+    make_learner(critic=critic).load(tmp_path / "warm")
+    learner.train_step(batch(), kl_coef=0.1)
+    assert largest_difference(dict(learner.weights()), policy) > 1e-5

@@ -143,6 +143,22 @@ def test_staleness_zero_trains_only_on_what_the_newest_policy_sampled_and_resume
         run_ppo(longer)
 
 
+def test_a_run_without_a_critic_compares_the_responses_to_each_prompt(cluster: None, make_config: Any) -> None:
+    config = make_config(
+        name="groups",
+        ppo={"estimator": "rloo", "completions": 4, "steps": 2, "samples_per_step": 8},
+        generator={"count": 1},
+    )
+    summary = run_ppo(config)
+    assert (summary.status, summary.samples, summary.lost, summary.trained_twice) == ("finished", 2 * BATCH, 0, 0)
+    rows = read_lines(config.run_dir / "samples.jsonl")
+    assert [row["prompt_id"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    for start in range(0, 16, 4):
+        assert len({row["prompt"] for row in rows[start : start + 4]}) == 1
+        assert len({row["response"] for row in rows[start : start + 4]}) > 1
+    assert "loss_value" not in read_lines(config.run_dir / "metrics.jsonl")[-1]
+
+
 def test_what_cannot_work_is_refused_before_anything_is_started(
     cluster: None, make_config: Any, tmp_path: Path
 ) -> None:
