@@ -46,11 +46,7 @@ def pack(trunk: Any) -> bool:
         AttentionInterface.register(_ATTENTION, _attention)
         trunk.set_attn_implementation(_ATTENTION)
         try:
-            apart = (
-                (packed_hidden(trunk, torch.tensor([token for ids in probe for token in ids]), _PROBE_LENGTHS) - padded)
-                .abs()
-                .max()
-            )
+            apart = (packed_hidden(trunk, ids[mask.bool()], _PROBE_LENGTHS) - padded).abs().max()
         except (TypeError, ValueError, RuntimeError):  # a transformer of another form
             apart = torch.tensor(torch.inf)
     trunk.train(training)
@@ -142,12 +138,12 @@ def _attention(
     """
     if len(query) > 1:
         raise ValueError("a model set up for packed sequences reads one row; put the sequences end to end")
-    cu_seq_lens_q = cu_seq_lens_q or (0, query.shape[2])
-    pieces = [
-        sdpa_attention_forward(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], attention_mask, **options)[0]
-        for a, b in pairwise(cu_seq_lens_q)
-    ]
-    return torch.cat(pieces, dim=1), None
+    lengths = [b - a for a, b in pairwise(cu_seq_lens_q or (0, query.shape[2]))]
+    # Split and not sliced: the gradient of a slice is a tensor of the whole size, filled with zeros, for each of them.
+    pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat(
+        [sdpa_attention_forward(module, *piece, attention_mask, **options)[0] for piece in pieces], 1
+    ), None
 
 
 def _window(config: Any) -> bool:
