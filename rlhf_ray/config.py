@@ -133,6 +133,16 @@ class LearnerConfig(Section):
         "share the policy's tokenizer. Default: model.path.",
     )
     critic_warmup_steps: int = Field(0, ge=0, description="First steps in which only the critic learns.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA matrices trained in place of the policy's layers; generators and policy/ get them "
+        "merged. 0: no LoRA.",
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="What LoRA adds to a layer is scaled by lora_alpha / lora_rank.")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Linear layers that get LoRA, by name, such as [q_proj, v_proj]; default: all."
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW momentum coefficients.")
     eps: float = Field(1e-5, gt=0, description="AdamW epsilon (1e-5 as in the reference PPO implementation).")
     weight_decay: float = Field(0.0, ge=0, description="AdamW decoupled weight decay.")
@@ -232,6 +242,17 @@ class PPOConfig(Section):
     def prompts_per_step(self) -> int:
         """Prompts whose responses make one batch."""
         return self.batch_size // self.completions
+
+    @property
+    def batch_table(self) -> str:
+        """What a step is made of, in words: prompts, responses, optimiser steps."""
+        responses = f"{self.batch_size} responses"
+        if self.completions > 1:
+            responses += f" ({self.prompts_per_step} prompts x {self.completions})"
+        updates = self.epochs * self.minibatches
+        optimiser = "1 optimiser step" if updates == 1 else f"{updates} optimiser steps"
+        parts = f"{self.epochs} x {self.minibatches} of {self.batch_size // self.minibatches}"
+        return f"{responses}, {optimiser} each ({parts})"
 
 
 class CollectConfig(Section):
@@ -624,6 +645,11 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
                     f"learner.{key} = {value} is of a critic, and ppo.estimator = {config.ppo.estimator} has none; "
                     "drop it, or use gae"
                 )
+    if config.learner.lora_targets is not None and not config.learner.lora_rank:
+        yield (
+            f"learner.lora_targets = {list(config.learner.lora_targets)} is read for a learner.lora_rank above 0 only; "
+            "set that, such as 16, or drop the targets"
+        )
     if config.learner.critic == "head" and config.learner.critic_path is not None:
         yield (
             f"learner.critic_path = {config.learner.critic_path} is read for learner.critic = model only; "

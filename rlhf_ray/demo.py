@@ -105,7 +105,7 @@ def run_ppo(
 ) -> RunSummary:
     """Improve the policy."""
     section = config.ppo
-    about = f"{section.steps} steps of {section.batch_size} responses, staleness at most {section.max_staleness}"
+    about = f"{section.steps} steps of {section.batch_table}, staleness at most {section.max_staleness}"
     with console.stage("ppo", about) as stage, console.steps(config.name, section.steps) as table:
         summary = ppo.run_ppo(config, resume=resume, service=service, on_step=table.update)
         stage.outcome = f"{summary.status} at step {summary.steps}, {summary.samples_per_second:.2f} samples/s"

@@ -245,6 +245,11 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "(run.yaml:8, run.yaml:6)",
         ),
         (
+            "learner: {lora_targets: [q_proj]}",
+            "learner.lora_targets = ['q_proj'] is read for a learner.lora_rank above 0 only; set that, such as 16, or "
+            "drop the targets (run.yaml:6)",
+        ),
+        (
             "learner: {critic_path: runs/a/reward}",
             "learner.critic_path = runs/a/reward is read for learner.critic = model only; set that, or drop the path "
             "(run.yaml:6)",

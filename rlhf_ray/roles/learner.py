@@ -29,6 +29,7 @@ from rlhf_ray.models.loading import (
     resolve_precision,
     set_threads,
 )
+from rlhf_ray.models.lora import add_lora, merged_state
 from rlhf_ray.models.policy import PolicyModel
 from rlhf_ray.roles.ppo_update import NonFiniteError, PPOUpdate
 from rlhf_ray.types import Batch, Experience, Probe, StepReport, Weights
@@ -72,8 +73,17 @@ class PPOLearner:
         trust = config.model.trust_remote_code
         self._tokenizer = load_tokenizer(model_folder, need_chat_template=False, trust_remote_code=trust)
         language_model = load_policy_model(model_folder, trust_remote_code=trust)
+        section = config.learner
+        if section.lora_rank:
+            add_lora(
+                language_model,
+                rank=section.lora_rank,
+                alpha=section.lora_alpha,
+                targets=section.lora_targets,
+                seed=config.seed,
+            )
         critic = load_trunk(critic_folder, trust_remote_code=trust) if critic_folder else None
-        if config.learner.gradient_checkpointing:
+        if section.gradient_checkpointing:
             for model in (language_model, critic) if critic else (language_model,):
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         policy = PolicyModel(language_model, critic=critic, packed=self._device.type == "cpu")
@@ -131,10 +141,12 @@ class PPOLearner:
         return StepReport(version=self._version, metrics=metrics, samples=samples)
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Weights:
-        """A copy of the policy on the CPU, ``lm_head.weight`` included; parameters that are tied share one copy."""
+        """A copy of the policy on the CPU, ``lm_head.weight`` included and LoRA merged; parameters that are tied share
+        one copy.
+        """
         copies: dict[tuple[int, torch.Size], Tensor] = {}
         weights: dict[str, Tensor] = {}
-        for name, tensor in self._model.language_model.state_dict().items():
+        for name, tensor in merged_state(self._model.language_model).items():
             key = (tensor.data_ptr(), tensor.shape)
             if key not in copies:
                 copies[key] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
@@ -197,7 +209,7 @@ class PPOLearner:
     def export(self, folder: Path) -> None:
         """The policy as a Hugging Face folder in float32, with tokenizer and generation defaults; it appears whole."""
         with replaced_folder(folder) as temporary, quiet():
-            self._model.language_model.save_pretrained(temporary)
+            self._model.language_model.save_pretrained(temporary, state_dict=merged_state(self._model.language_model))
             self._tokenizer.save_pretrained(temporary)
 
     def _set_learning_rate(self) -> float:
@@ -240,7 +252,7 @@ class PPOLearner:
 def _new_optimizer(model: PolicyModel, config: RunConfig) -> torch.optim.AdamW:
     """AdamW with the critic's own rate; only matrices of the policy decay, never norms and biases."""
     section = config.learner
-    policy = list(model.language_model.parameters())
+    policy = [p for p in model.language_model.parameters() if p.requires_grad]
     critic = [*model.value_head.parameters(), *(model.critic.parameters() if model.critic is not None else ())]
     groups = [
         {"params": [p for p in policy if p.ndim >= 2], "full_lr": section.lr, "weight_decay": section.weight_decay},

@@ -10,10 +10,11 @@ but memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,13 @@ from rlhf_ray.algorithms.offpolicy import importance_weights
 from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.batching import micro_batches, select
+from rlhf_ray.errors import ResourceError
 from rlhf_ray.models.policy import PolicyModel, PolicyOutput
 from rlhf_ray.types import Batch
+
+log = logging.getLogger("rlhf_ray.learner")
+
+T = TypeVar("T")
 
 
 class NonFiniteError(Exception):
@@ -96,6 +102,7 @@ class PPOUpdate:
         self._rng = rng
         self._critic = config.ppo.estimator in NEED_VALUES
         self._critic_only = False
+        self._budget = config.learner.micro_batch_tokens
 
     def run(self, batch: Batch, *, kl_coef: float, critic_only: bool = False) -> tuple[dict[str, float], Tensor]:
         """Update the model in place; returns the metrics and the [B, T] log-probabilities before the update.
@@ -106,18 +113,16 @@ class PPOUpdate:
         Raises:
             NonFiniteError: an input, log-probability, loss or gradient norm is not finite; from then on no weight
                 changes.
+            ResourceError: memory runs out, and half of the micro-batch budget did not help.
         """
         refuse_non_finite(batch, rollout_logprobs=batch.rollout_logprobs, ref_logprobs=batch.ref_logprobs)
         refuse_non_finite(batch, score=batch.scores.unsqueeze(1))
         self._critic_only = critic_only
-        pieces = self._pieces(batch)
-        single_pass = self._single_pass(pieces)
-        with torch.set_grad_enabled(single_pass):
-            before = self._evaluate(batch, pieces)
+        before = self._within_memory(lambda: self._before(batch))
         _refuse_non_finite_view(batch, before)
         targets, metrics = self._targets(batch, before, kl_coef)
-        if single_pass:
-            stats = self._step([(batch, before, targets)], batch.response_mask.sum())
+        if before.logprobs.requires_grad:
+            stats = self._step(batch, targets, [(batch, before, targets)])
         else:
             stats = self._epochs(batch, targets)
         return metrics | stats, targets.old_logprobs
@@ -131,13 +136,46 @@ class PPOUpdate:
 
     def _pieces(self, batch: Batch) -> list[list[int]]:
         lengths = batch.attention_mask.sum(dim=1).tolist()
-        return micro_batches(lengths, max_tokens=self._config.learner.micro_batch_tokens)
+        return micro_batches(lengths, max_tokens=self._budget)
+
+    def _before(self, batch: Batch) -> Evaluation:
+        """The batch under the weights before the update; differentiable where that saves a second forward."""
+        pieces = self._pieces(batch)
+        with torch.set_grad_enabled(self._single_pass(pieces)):
+            return self._evaluate(batch, pieces)
 
     def _single_pass(self, pieces: Sequence[Sequence[int]]) -> bool:
         """One optimiser step over a batch that fits in memory: the proximal policy is then the current one, so the
         forward that gives the old log-probabilities and values is also the one that is differentiated.
         """
         return self._config.ppo.epochs == self._config.ppo.minibatches == len(pieces) == 1
+
+    def _within_memory(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """``work()``; where memory runs out, once in a run, with half the micro-batch budget: ``again()``, or the same.
+
+        Raises:
+            ResourceError: it ran out before, or runs out again.
+        """
+        halved = self._budget < self._config.learner.micro_batch_tokens
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            if halved or self._budget == 1:
+                raise ResourceError(
+                    f"the learner ran out of memory with micro-batches of {self._budget} tokens; set "
+                    "learner.micro_batch_tokens lower, or learner.gradient_checkpointing = true"
+                ) from error
+        # Not in the handler: the error's frames hold the tensors that did not fit.
+        self._budget //= 2
+        log.warning(
+            "the learner ran out of memory; it repeats the step with micro-batches of %d tokens and stays with that; "
+            "set learner.micro_batch_tokens to it",
+            self._budget,
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._within_memory(again or work)
 
     def _evaluate(self, batch: Batch, pieces: Sequence[Sequence[int]]) -> Evaluation:
         """All rows, piece by piece, put back in the batch's order and width."""
@@ -221,8 +259,7 @@ class PPOUpdate:
             for start in range(0, rows, size):
                 chosen = order[start : start + size]
                 minibatch = select(batch, chosen)
-                of_chosen = targets.select(chosen, minibatch.response_ids.shape[1])
-                steps.append(self._step(self._parts(minibatch, of_chosen), minibatch.response_mask.sum()))
+                steps.append(self._step(minibatch, targets.select(chosen, minibatch.response_ids.shape[1])))
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def _parts(self, batch: Batch, targets: Targets) -> Iterable[Part]:
@@ -231,8 +268,31 @@ class PPOUpdate:
             part = select(batch, rows)
             yield part, self._forward(part), targets.select(rows, part.response_ids.shape[1])
 
-    def _step(self, parts: Iterable[Part], count: Tensor) -> dict[str, float]:
-        """One optimiser step over ``count`` response tokens; a part's backward comes before the next one's forward."""
+    def _step(self, batch: Batch, targets: Targets, whole: Sequence[Part] | None = None) -> dict[str, float]:
+        """One optimiser step.
+
+        Args:
+            whole: the batch as one part that is computed already.
+        """
+        count = batch.response_mask.sum()
+
+        def cut() -> tuple[dict[str, float], int]:
+            return self._backward(self._parts(batch, targets), count)
+
+        totals, suspect = self._within_memory(cut if whole is None else lambda: self._backward(whole, count), again=cut)
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteError("the gradient norm is not finite", suspect)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return totals | {"grad_norm": float(norm)}
+
+    def _backward(self, parts: Iterable[Part], count: Tensor) -> tuple[dict[str, float], int]:
+        """The gradient over ``count`` response tokens; a part's backward comes before the next one's forward.
+
+        Returns:
+            metrics; and the prompt id of the row that moved furthest.
+        """
         totals: dict[str, float] = {}
         suspect = (-1.0, -1)
         for batch, current, targets in parts:
@@ -243,12 +303,7 @@ class PPOUpdate:
                 raise NonFiniteError("the loss is not finite", suspect[1])
             loss.backward()
             totals = {name: totals.get(name, 0.0) + float(value) for name, value in stats.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteError("the gradient norm is not finite", suspect[1])
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return totals | {"grad_norm": float(norm)}
+        return totals, suspect[1]
 
     def _loss(
         self, batch: Batch, current: Evaluation, targets: Targets, count: Tensor

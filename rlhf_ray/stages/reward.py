@@ -32,8 +32,8 @@ from rlhf_ray.stages.reward_quality import Quality, ScoredPair, quality
 
 log = logging.getLogger("rlhf_ray.reward")
 
-NORMALISATION_SAMPLE = 256
-"""Most candidates that the score normalisation is fitted on: the mean is then known to 0.06 standard deviations."""
+NORMALISATION_SAMPLE = 128
+"""Most candidates that the score normalisation is fitted on: the mean is then known to 0.09 standard deviations."""
 
 VALIDATION_SHARE = 0.1
 """Of the training prompts, held back where ``reward.early_stop_patience`` asks for it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import InputError, NumericalError, StalenessError
+from rlhf_ray.errors import InputError, NumericalError, ResourceError, StalenessError
 from rlhf_ray.models.loading import load_policy_model
 from rlhf_ray.roles.learner import PPOLearner
 from rlhf_ray.roles.ppo_update import PPOUpdate
@@ -572,3 +572,77 @@ def test_the_critic_warms_up_while_the_policy_stays(make_learner: MakeLearner, c
     make_learner(critic=critic).load(tmp_path / "warm")
     learner.train_step(batch(), kl_coef=0.1)
     assert largest_difference(dict(learner.weights()), policy) > 1e-5
+
+
+# LoRA
+
+
+def test_with_lora_the_layers_stay_and_what_goes_out_is_merged(
+    make_learner: MakeLearner, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    learner = make_learner(lora_rank=4, lr=1e-2, ppo={"max_staleness": 9})
+    start = parameters(learner)
+    for _ in range(3):
+        learner.train_step(batch(), kl_coef=0.1)
+    moved = {name for name, value in parameters(learner).items() if not torch.equal(value, start[name])}
+    assert any("lora_B" in name for name in moved)
+    assert all("lora_" in name or name.startswith("value_head.") for name in moved)
+
+    plain = load_policy_model(tiny_model_dir)
+    plain.load_state_dict(learner.weights())
+    probe = learner.probe()
+    logits = plain(input_ids=torch.tensor([probe.token_ids])).logits[0] / TEMPERATURE
+    expected = torch.log_softmax(logits, dim=-1)[:-1].gather(1, torch.tensor(probe.token_ids[1:])[:, None]).squeeze(1)
+    assert probe.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+    learner.export(tmp_path / "policy")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").state_dict()
+    assert largest_difference(exported, dict(learner.weights())) == 0.0
+    learner.save(tmp_path / "checkpoint")
+    again = make_learner(lora_rank=4, lr=1e-2)
+    again.load(tmp_path / "checkpoint")
+    assert largest_difference(parameters(again), parameters(learner)) == 0.0
+
+
+# Memory
+
+
+def out_of_memory_above(learner: PPOLearner, tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The model's forward fails as a full GPU does, for batches of more than so many tokens; returns those it saw."""
+    seen: list[int] = []
+    forward = learner._model.forward
+
+    def limited(input_ids: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(input_ids.numel())
+        if input_ids.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory (fault injection)")
+        return forward(input_ids, *args, **options)
+
+    monkeypatch.setattr(learner._model, "forward", limited)
+    return seen
+
+
+@pytest.mark.parametrize("ppo", [{}, {"epochs": 2, "minibatches": 2, "batch_size": 8}])
+def test_out_of_memory_halves_the_micro_batches_once_and_repeats_the_step(
+    make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ppo: dict[str, Any]
+) -> None:
+    roomy, tight = make_learner(ppo=ppo), make_learner(micro_batch_tokens=120, ppo=ppo)
+    seen = out_of_memory_above(tight, 60, monkeypatch)
+    expected = roomy.train_step(batch(), kl_coef=0.1)
+    report = tight.train_step(batch(), kl_coef=0.1)
+    assert max(seen) > 60
+    assert dict(report.metrics) == pytest.approx(dict(expected.metrics), abs=1e-4, rel=1e-5)
+    assert largest_difference(parameters(roomy), parameters(tight)) < 1e-6
+    assert caplog.text.count("repeats the step with micro-batches of 60 tokens") == 1
+    seen.clear()
+    tight.train_step(batch(version=1), kl_coef=0.1)
+    assert max(seen) <= 60
+
+
+def test_out_of_memory_that_half_the_micro_batches_do_not_mend_names_the_knobs(
+    make_learner: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(micro_batch_tokens=120)
+    out_of_memory_above(learner, 8, monkeypatch)
+    with pytest.raises(ResourceError, match=r"micro-batches of 60 tokens; set learner\.micro_batch_tokens lower"):
+        learner.train_step(batch(), kl_coef=0.1)
