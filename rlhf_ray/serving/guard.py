@@ -9,7 +9,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_ray.serving.keys import is_key
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+PAGE_FILES = "/docs/files"
+"""Where the scripts and the style of /docs are: they are served from here, so the page needs no other host."""
+
+OPEN_PATHS = frozenset(
+    {"/healthz", "/readyz", "/docs", "/openapi.json"}
+    | {f"{PAGE_FILES}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")}
+)
 """Answered without a key: a probe has none, and the documentation holds no secret."""
 
 

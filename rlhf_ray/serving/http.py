@@ -10,10 +10,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 
 from rlhf_ray.errors import InputError, ScorerError
 from rlhf_ray.serving.batcher import OverloadedError
-from rlhf_ray.serving.guard import Guard
+from rlhf_ray.serving.guard import PAGE_FILES, Guard
 from rlhf_ray.serving.reward_service import RewardService, TooManyItemsError, UnknownModelError
 from rlhf_ray.serving.schemas import Problem
 
@@ -41,11 +42,11 @@ def http_app(service: RewardService, *, key_digests: Collection[str] = ()) -> Fa
     Args:
         key_digests: of the API keys that open the door; with none it stands open.
     """
-    app = FastAPI(
+    app: FastAPI = FastAPIOffline(
         title="rlhf_ray reward service",
         description="One scalar for each response, with the version of the model that gave it.",
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
+        static_url=PAGE_FILES,
     )
     scoring = APIRouter(responses=_PROBLEMS, dependencies=[Depends(HTTPBearer(auto_error=False))])
     scoring.post("/v1/score")(service.score)

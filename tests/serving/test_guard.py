@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.types import Message, Receive, Scope, Send
 
 from rlhf_ray.errors import ConfigError
@@ -68,6 +70,30 @@ async def test_below_another_route_the_same_doors_are_open_and_shut(tiny_reward_
         assert (await client.get("/x/v1/models")).status_code == 401
         assert (await client.get("/x/v1/models", headers={"Authorization": f"Bearer {KEY}"})).status_code == 200
         assert (await client.get("/x/healthz/v1/score")).status_code == 401
+
+
+@pytest.mark.parametrize("route", ["", "/x"])
+async def test_the_openapi_page_needs_no_other_host_and_no_key(tiny_reward_dir: Path, route: str) -> None:
+    service = RewardService(RewardServiceArgs(model="given"), RewardScorer(tiny_reward_dir, precision="float32"))
+    app = Starlette()
+    app.mount(route, http_app(service, key_digests=[hashlib.sha256(KEY.encode()).hexdigest()]))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
+        page = (await client.get(f"{route}/docs")).text
+        assert "//" not in re.sub(r"^\s*//.*$", "", page, flags=re.MULTILINE)  # but for comments of its script
+        links = re.findall(r"""(?:src|href)="([^"]*)"|url: '([^']*)'""", page)
+        replies = [await client.get(src or url) for src, url in links]
+        types = {str(reply.url.path).rpartition(".")[2]: reply.headers["content-type"] for reply in replies}
+        assert (await client.get(f"{route}/redoc", headers={"Authorization": f"Bearer {KEY}"})).status_code == 404
+    assert [reply.status_code for reply in replies] == [200] * 4
+    assert {suffix: kind.partition(";")[0] for suffix, kind in types.items()} == {
+        "js": "text/javascript",
+        "css": "text/css",
+        "png": "image/png",
+        "json": "application/json",
+    }
+    script, style = (next(r.text for r in replies if r.url.path.endswith(end)) for end in (".js", ".css"))
+    assert "SwaggerUIBundle" in script
+    assert not re.search(r"@import|url\((?!['\"]?data:)", style)
 
 
 async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:

@@ -168,6 +168,8 @@ def test_a_second_application_has_its_own_route_and_goes_alone(served: ServedRew
     with served_reward(a_config(name="second"), tiny_reward_dir) as second:
         assert second.url == f"{served.url}/second"
         assert httpx.get(f"{second.url}/v1/models").json()["data"][0]["id"] == "second"
+        assert "/second/docs/files/swagger-ui.css" in httpx.get(f"{second.url}/docs").text
+        assert httpx.get(f"{second.url}/docs/files/swagger-ui.css").status_code == 200
     assert httpx.get(f"{second.url}/v1/models").status_code == 404
     assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "reward"
 
