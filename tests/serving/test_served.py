@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
 from rlhf_ray.actors.scorer import ServedScorer
 from rlhf_ray.config import RunConfig
@@ -149,6 +151,40 @@ async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, 
     ray.kill(ray.get_actor(name, namespace="serve"))
     scores = await asyncio.gather(*scoring)
     assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
+
+
+async def wait_for_replicas(name: str, count: int) -> None:
+    """Until Serve has that many of an application, all of them running."""
+    end = time.monotonic() + 120
+    while (states := serve.status().applications[name].deployments[name].replica_states) != {"RUNNING": count}:
+        assert time.monotonic() < end, states
+        await asyncio.sleep(0.5)
+
+
+async def test_a_replica_is_added_under_load_and_goes_when_it_is_over(
+    served: ServedReward, tiny_reward_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How many, and from what load on, is ours; Serve's delays of half a minute and ten minutes are shortened.
+    quick = partial(AutoscalingConfig, upscale_delay_s=1, downscale_delay_s=3, look_back_period_s=11)
+    monkeypatch.setattr("rlhf_ray.serving.app.AutoscalingConfig", quick)
+    body = {"prompt": "The train", "responses": [" was late" * 50] * 4}
+    answers: list[httpx.Response] = []
+    over = asyncio.Event()
+
+    async def keep_asking(client: httpx.AsyncClient) -> None:
+        while not over.is_set():
+            answers.append(await client.post(f"{elastic.url}/v1/score", json=body, timeout=120))
+
+    with served_reward(a_config(name="elastic", max_replicas=2, max_batch_size=1), tiny_reward_dir) as elastic:
+        await wait_for_replicas("elastic", 1)
+        async with httpx.AsyncClient() as client:
+            asking = [asyncio.create_task(keep_asking(client)) for _ in range(8)]
+            await wait_for_replicas("elastic", 2)
+            over.set()
+            await asyncio.gather(*asking)
+        assert {answer.status_code for answer in answers} == {200}
+        assert {len(answer.json()["scores"]) for answer in answers} == {4}
+        await wait_for_replicas("elastic", 1)
 
 
 def test_a_name_or_a_port_that_is_taken_is_refused(served: ServedReward, tiny_reward_dir: Path) -> None:
