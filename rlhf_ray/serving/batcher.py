@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 
 from rlhf_ray.errors import ScorerError
 from rlhf_ray.roles.scorer import Reading
+
+log = logging.getLogger("rlhf_ray.serving")
 
 Verdict = Reading | ScorerError
 
@@ -79,7 +82,7 @@ class Batcher:
             wait_seconds: how long an idle model waits for company before it begins.
             packs: the forward computes no padding, so lengths need not be alike.
             warm_up: one that has been, which the expected wait is reckoned from until there are others.
-            on_forward: hears of each forward.
+            on_forward: hears of each forward; where it fails, the log says so and scoring goes on.
         """
         self._forward = forward
         self._max_batch_size = max_batch_size
@@ -87,6 +90,7 @@ class Batcher:
         self._wait_seconds = wait_seconds
         self._packs = packs
         self._on_forward = on_forward
+        self._reports = True
         self._waiting: list[_Waiting] = []
         self._running_tokens = 0
         self._warm_up = [warm_up] if warm_up else []
@@ -182,7 +186,18 @@ class Batcher:
             )
             if scored:
                 self._recent.append(forward)
+            self._report(forward)
+
+    def _report(self, forward: Forward) -> None:
+        """Tell the meters. One that breaks must not end this task: whoever waits in the line would wait for ever."""
+        try:
             self._on_forward(forward)
+        except Exception:
+            if self._reports:  # once, not for each of many forwards a second
+                log.exception("forwards are not counted from now on, scoring goes on: a meter failed")
+            self._reports = False
+        else:
+            self._reports = True
 
     def _next_batch(self) -> list[_Waiting]:
         """The item that waited longest and those that go with it best; callers who gave up are left out."""

@@ -199,17 +199,28 @@ async def test_failures_in_a_row_are_counted_and_a_score_ends_the_count() -> Non
     assert batcher.failures == 0
 
 
-async def test_a_forward_with_too_few_verdicts_or_a_meter_that_breaks_leaves_nobody_waiting() -> None:
-    def broken(forward: Forward) -> None:
-        raise RuntimeError("meter")
-
-    short = Batcher(
-        lambda sequences: [a_reading(1.0)], max_batch_size=8, max_batch_tokens=100, wait_seconds=0.02, on_forward=broken
-    )
+async def test_a_forward_with_too_few_verdicts_leaves_nobody_waiting() -> None:
+    short = a_batcher(lambda sequences: [a_reading(1.0)], wait_seconds=0.02)
     async with asyncio.timeout(10):
         with pytest.raises(ScorerError, match="1 verdicts on 2 sequences"):
             await short.score([[1], [2]])
         assert await short.score([[1]]) == [a_reading(1.0)]
+
+
+async def test_a_meter_that_breaks_keeps_nobody_waiting_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    breaks = [True, True, False, True]
+
+    def meter(forward: Forward) -> None:
+        if breaks.pop(0):
+            raise RuntimeError("meter")
+
+    batcher = Batcher(FirstToken(), max_batch_size=1, max_batch_tokens=100, wait_seconds=0, on_forward=meter)
+    async with asyncio.timeout(10):
+        assert await batcher.score([[1], [2], [3], [4]]) == [a_reading(value) for value in (1, 2, 3, 4)]
+        await batcher.idle()
+    assert breaks == []
+    told = [record for record in caplog.records if "forwards are not counted" in record.getMessage()]
+    assert [str(record.exc_info and record.exc_info[1]) for record in told] == ["meter", "meter"]
 
 
 async def test_a_forward_without_padding_takes_the_line_in_its_order_as_far_as_the_tokens_reach() -> None:
