@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -119,6 +120,19 @@ def ray_temp_dir() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="r_", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives a port of 127.0.0.1 that nobody listens at."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        return port
+
+    return find
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.
 
 
 @pytest.fixture(scope="module")
-def dashboard(ray_temp_dir: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def dashboard(ray_temp_dir: Path, free_port: Callable[[], int]) -> Iterator[str]:
+    port = free_port()
     ray.init(
         num_cpus=4,
         include_dashboard=True,

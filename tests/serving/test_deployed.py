@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 from ray.util.state import list_actors
 from safetensors.torch import load_file, save_file
 
@@ -28,13 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY = "a-key-of-some-length"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 BODY = {"prompt": "The train", "responses": [" was late.", " was lovely!"]}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +43,13 @@ def newer_dir(tiny_reward_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 class Deployed:
     """The file on a cluster of its own."""
 
-    def __init__(self, model: Path, folder: Path, dashboard: str) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
+    def __init__(self, model: Path, folder: Path, port: int, dashboard: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
         self.dashboard = dashboard
         self._file = folder / "serve.yaml"
         self._content: dict[str, Any] = yaml.safe_load((ROOT / "deployments" / "reward_service.yaml").read_text())
         (folder / "keys").write_text(KEY + "\n")
-        self._content["http_options"]["port"] = int(self.url.rsplit(":", 1)[1])
+        self._content["http_options"]["port"] = port
         self._content["applications"][0]["args"] |= {
             "model": str(model),
             "replicas": 2,
@@ -81,12 +74,14 @@ class Deployed:
     def score(self, client: httpx.Client, **headers: str) -> httpx.Response:
         return client.post(f"{self.url}/v1/score", json=BODY, headers=AUTHORIZED | headers, timeout=60)
 
-    def wait_until(self, status: int = 200) -> None:
+    def wait_until_running(self) -> None:
+        """The first replica answers before the second one is there."""
         end = time.monotonic() + 200
         with httpx.Client() as client:
             while True:
                 try:
-                    if self.score(client).status_code == status:
+                    answers = self.score(client).status_code == 200
+                    if answers and serve.status().applications["reward"].status == ApplicationStatus.RUNNING:
                         return
                 except httpx.TransportError:
                     pass
@@ -95,7 +90,9 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def deployed(tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def deployed(
+    tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Deployed]:
     port = free_port()
     ray.init(
         num_cpus=2,
@@ -105,9 +102,10 @@ def deployed(tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path_factory: pytest
         log_to_driver=False,
         _temp_dir=str(ray_temp_dir),
     )
-    deployed = Deployed(tiny_reward_dir, tmp_path_factory.mktemp("deployed"), f"http://127.0.0.1:{port}")
+    folder = tmp_path_factory.mktemp("deployed")
+    deployed = Deployed(tiny_reward_dir, folder, free_port(), f"http://127.0.0.1:{port}")
     deployed.deploy()
-    deployed.wait_until()
+    deployed.wait_until_running()
     yield deployed
     serve.shutdown()
     ray.shutdown()

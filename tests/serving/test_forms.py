@@ -46,11 +46,6 @@ def classifier_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Pat
     return folder
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_reward_dir: Path) -> RewardScorer:
-    return RewardScorer(tiny_reward_dir, precision="float32")
-
-
 @pytest.fixture
 async def service(tiny_reward_dir: Path, classifier_dir: Path) -> RewardService:
     toxicity = ServedModelConfig(folder=str(classifier_dir), label="toxic", prompt_format="response")

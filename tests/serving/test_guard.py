@@ -27,12 +27,9 @@ REQUEST = {"prompt": "p", "responses": ["a"]}
 
 
 @pytest.fixture
-async def client(tiny_reward_dir: Path, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def client(scorer: RewardScorer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     (tmp_path / "keys").write_text(f"# ours\n{KEY}\n\n{OTHER}  # theirs\nwith#in-a-long-key\n")
-    service = RewardService(
-        RewardServiceArgs(model="given", max_body_mb=0.001, batch_wait_ms=0),
-        RewardScorer(tiny_reward_dir, precision="float32"),
-    )
+    service = RewardService(RewardServiceArgs(model="given", max_body_mb=0.001, batch_wait_ms=0), scorer)
     app = http_app(service, key_digests=read_keys(tmp_path / "keys"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
         yield client
@@ -61,8 +58,8 @@ async def test_each_key_opens_and_probes_need_none(client: httpx.AsyncClient) ->
         assert (await client.get(path)).status_code == 200
 
 
-async def test_below_another_route_the_same_doors_are_open_and_shut(tiny_reward_dir: Path) -> None:
-    service = RewardService(RewardServiceArgs(model="given"), RewardScorer(tiny_reward_dir, precision="float32"))
+async def test_below_another_route_the_same_doors_are_open_and_shut(scorer: RewardScorer) -> None:
+    service = RewardService(RewardServiceArgs(model="given"), scorer)
     app = FastAPI()
     app.mount("/x", http_app(service, key_digests=[hashlib.sha256(KEY.encode()).hexdigest()]))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:
@@ -73,8 +70,8 @@ async def test_below_another_route_the_same_doors_are_open_and_shut(tiny_reward_
 
 
 @pytest.mark.parametrize("route", ["", "/x"])
-async def test_the_openapi_page_needs_no_other_host_and_no_key(tiny_reward_dir: Path, route: str) -> None:
-    service = RewardService(RewardServiceArgs(model="given"), RewardScorer(tiny_reward_dir, precision="float32"))
+async def test_the_openapi_page_needs_no_other_host_and_no_key(scorer: RewardScorer, route: str) -> None:
+    service = RewardService(RewardServiceArgs(model="given"), scorer)
     app = Starlette()
     app.mount(route, http_app(service, key_digests=[hashlib.sha256(KEY.encode()).hexdigest()]))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://service") as client:

@@ -10,35 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from pydantic import ValidationError
 
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ScorerError
-from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.models.reward import ScoreNormalisation
-from rlhf_ray.roles.reward_trainer import new_reward_model
-from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
+from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.serving.args import RewardServiceArgs
 from rlhf_ray.serving.http import http_app
 from rlhf_ray.serving.reward_service import RewardService
 from rlhf_ray.types import Prompt, Rollout
 
 TEXTS = [("The train", " was late."), ("The train", " was lovely!"), ("A much longer prompt than that", ""), ("é", "ß")]
-
-
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> RewardScorer:
-    folder = tmp_path_factory.mktemp("models") / "reward"
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    model = new_reward_model(tiny_model_dir, tokenizer)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    RewardSettings(prompt_format="chat").save(folder)
-    ScoreNormalisation(mean=0.5, std=2.0).save(folder)
-    return RewardScorer(folder, precision="float32")
 
 
 @pytest.fixture

@@ -48,11 +48,6 @@ def a_config(**section: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_reward_dir: Path) -> RewardScorer:
-    return RewardScorer(tiny_reward_dir, precision="float32")
-
-
-@pytest.fixture(scope="module")
 def cluster(ray_temp_dir: Path) -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
     yield
