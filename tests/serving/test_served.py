@@ -23,6 +23,7 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.config import AutoscalingConfig
 
 from rlhf_ray.actors.scorer import ServedScorer
@@ -135,17 +136,38 @@ async def test_a_rollout_that_cannot_be_scored_is_an_error_with_its_cause(
         await ServedScorer(served.handle).score(ray.put(rollout))
 
 
+class WatchedHandle:
+    """A handle that keeps what its calls failed with."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.score_rollout = self
+        self.failures: list[Exception] = []
+
+    async def remote(self, rollout: Any) -> Any:
+        try:
+            return await self._handle.score_rollout.remote(rollout)
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+
 async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, scorer: RewardScorer) -> None:
-    pairs = texts(200)
+    pairs = [(prompt, response * 9) for prompt, response in texts(400)]
     expected = [score.raw for score in scorer.score_texts(*zip(*pairs, strict=True))]
-    client = ServedScorer(served.handle, tries=12)
+    handle = WatchedHandle(served.handle)
+    client = ServedScorer(handle, tries=12)
     rollouts = [rollout_of(scorer, prompt, response) for prompt, response in pairs]
-    scoring = [asyncio.create_task(client.score(rollout)) for rollout in rollouts]
-    await asyncio.sleep(0.05)
     (name,) = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "SERVE_REPLICA" in n["name"]]
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    replica = ray.get_actor(name, namespace="serve")
+    scoring = [asyncio.create_task(client.score(rollout)) for rollout in rollouts]
+    await asyncio.wait(scoring, return_when=asyncio.FIRST_COMPLETED)
+    ray.kill(replica)
     scores = await asyncio.gather(*scoring)
     assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
+    # These calls the replica had taken when it died; what waited at the caller goes to the next one without a word.
+    died_with_it = [error for error in handle.failures if isinstance(error, ActorDiedError)]
+    assert len(died_with_it) > 20
 
 
 async def wait_for_replicas(name: str, count: int) -> None:
