@@ -1,6 +1,6 @@
 """The reward service as a Ray Serve application: ``serve run rlhf_ray.serving.app:build_app model=DIR``.
 
-A run, the command line and ``deployments/reward_service.yaml`` all come through ``build_app``.
+A run and the command line come through ``application``, ``deployments/reward_service.yaml`` through ``build_app``.
 ``from __future__ import annotations`` is missing on purpose: Serve looks at the class that annotates the builder's
 argument, and would pass a plain dict where it finds the class's name.
 """
@@ -40,10 +40,19 @@ class _ServedRewardService(RewardService):
 
 
 def build_app(args: RewardServiceArgs) -> Application:
-    """The application; its ingress answers HTTP and the handle method ``score_rollout``.
+    """What ``serve`` calls: the application, with the API keys that it finds where it is built.
 
     Raises:
         ConfigError: the API keys cannot be read.
+    """
+    return application(args, read_keys(args.api_keys_file))
+
+
+def application(args: RewardServiceArgs, key_digests: frozenset[str]) -> Application:
+    """The application; its ingress answers HTTP and the handle method ``score_rollout``.
+
+    Args:
+        key_digests: of the API keys that open the door; with none it stands open.
     """
     scaling = (
         {"num_replicas": args.replicas}
@@ -73,4 +82,4 @@ def build_app(args: RewardServiceArgs) -> Application:
         },
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    return deployment.bind(args, read_keys(args.api_keys_file))
+    return deployment.bind(args, key_digests)

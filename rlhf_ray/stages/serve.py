@@ -26,7 +26,7 @@ from rlhf_ray.cluster import WAIT_NOTICE_SECONDS, Need, check_resources, connect
 from rlhf_ray.config import Device, RunConfig, ServeConfig, ServedModelConfig
 from rlhf_ray.errors import ConfigError, ScorerError
 from rlhf_ray.models.reward import check_reward_folder
-from rlhf_ray.serving.app import build_app
+from rlhf_ray.serving.app import application
 from rlhf_ray.serving.args import RewardServiceArgs
 from rlhf_ray.serving.keys import read_keys
 
@@ -60,14 +60,16 @@ def start_service(config: RunConfig, *, model_folder: Path) -> ServedReward:
     where another one has / already.
 
     Raises:
-        ConfigError: the folder is missing, the port or the name is taken, or Serve listens elsewhere already.
+        ConfigError: the folder is missing, the API keys cannot be read, the port or the name is taken, or Serve listens
+            elsewhere already.
         ResourceError: the cluster can never hold the replicas.
         ScorerError: the service failed to start, with Serve's word on why.
     """
-    return _start(config.serve, model_folder=model_folder, device=config.device)
+    keys = read_keys(config.serve.api_keys_file)
+    return _start(config.serve, model_folder=model_folder, device=config.device, key_digests=keys)
 
 
-def _start(section: ServeConfig, *, model_folder: Path, device: Device) -> ServedReward:
+def _start(section: ServeConfig, *, model_folder: Path, device: Device, key_digests: frozenset[str]) -> ServedReward:
     if not model_folder.is_dir():
         raise ConfigError(
             f"{model_folder} is no folder; run `rlhf-ray reward` first, or name a reward model in serve.model"
@@ -75,13 +77,13 @@ def _start(section: ServeConfig, *, model_folder: Path, device: Device) -> Serve
     check_resources(
         [Need(section="serve", count=section.replicas, num_cpus=section.num_cpus, num_gpus=section.num_gpus)]
     )
-    application = build_app(RewardServiceArgs.of_section(section, model_folder, device))
-    address, taken_routes = _ensure_serve(section)
+    target = application(RewardServiceArgs.of_section(section, model_folder, device), key_digests)
+    address, taken_routes = _ensure_serve(section, asks_for_key=bool(key_digests))
     route = "/" if "/" not in taken_routes else f"/{section.name}"
     url = f"{address}{route}".rstrip("/")
     try:
         (handle,) = serve.run_many(
-            [serve.RunTarget(application, name=section.name, route_prefix=route)], wait_for_applications_running=False
+            [serve.RunTarget(target, name=section.name, route_prefix=route)], wait_for_applications_running=False
         )
         _wait_until_running(section.name)
         _wait_until_answering(url)
@@ -118,12 +120,12 @@ def serve_forever(
         announce: told the URL and a command line to try it with.
     """
     check_models(section, model_folder)
-    keys = bool(read_keys(section.api_keys_file))
+    keys = read_keys(section.api_keys_file)
     with connected():
-        served = _start(section, model_folder=model_folder, device=device)
+        served = _start(section, model_folder=model_folder, device=device, key_digests=keys)
         try:
             announce(f"reward model {served.name} answers at {served.url} (documentation: {served.url}/docs)")
-            announce(f"try: {curl_line(served.url, with_key=keys, certificate=section.tls_cert)}")
+            announce(f"try: {curl_line(served.url, with_key=bool(keys), certificate=section.tls_cert)}")
             announce("Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
@@ -156,7 +158,7 @@ def curl_line(url: str, *, with_key: bool = False, certificate: Path | None = No
     return f"curl -s {trusted}{url}/v1/score {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
-def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
+def _ensure_serve(section: ServeConfig, *, asks_for_key: bool) -> tuple[str, set[str]]:
     """(base URL that Serve listens on, routes that other applications have), starting Serve where it does not run."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     client = _get_global_client(raise_if_no_controller_running=False)  # no public call tells a running Serve's address
@@ -167,7 +169,7 @@ def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
             http_options=_http_options(section, port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
-        _warn_if_open(section, section.host)
+        _warn_if_open(section.host, asks_for_key=asks_for_key)
         return _base_url(section.host, port, tls=section.tls_cert is not None), set()
     details = client.get_serve_details()
     options = details["http_options"]
@@ -189,12 +191,12 @@ def _ensure_serve(section: ServeConfig) -> tuple[str, set[str]]:
             "the run that owns it"
         )
     taken = {app["route_prefix"] for app in details["applications"].values()}
-    _warn_if_open(section, host)
+    _warn_if_open(host, asks_for_key=asks_for_key)
     return _base_url(host, port, tls=tls), taken
 
 
-def _warn_if_open(section: ServeConfig, host: str) -> None:
-    if host not in ("127.0.0.1", "::1", "localhost") and not read_keys(section.api_keys_file):
+def _warn_if_open(host: str, *, asks_for_key: bool) -> None:
+    if host not in ("127.0.0.1", "::1", "localhost") and not asks_for_key:
         log.warning("%s is open to the network and asks for no key; name some in serve.api_keys_file", host)
 
 
