@@ -81,6 +81,19 @@ def test_what_is_saved_loads_as_the_same(file: Path, tmp_path: Path) -> None:
     [
         ("learner:\n  leraning_rate: 1\n  epz: 1", "learner.epz (run.yaml:8) is not a key; did you mean learner.eps"),
         ("lerner:\n  lr: 1", "lerner (run.yaml:6) is not a key; did you mean learner"),
+        (
+            "serve:\n  models:\n    tox:\n      folder: a\n      foldr: b",
+            "serve.models.tox.foldr (run.yaml:10) is not a key; did you mean serve.models.tox.folder",
+        ),
+        (
+            "serve: {models: {folder: {foldr: b}}}",
+            "serve.models.folder.foldr (run.yaml:6) is not a key; did you mean serve.models.folder.folder",
+        ),
+        (
+            "serve:\n  models:\n    tox: {folder: a, zzz: 1}",
+            "serve.models.tox.zzz (run.yaml:8) is not a key; the keys of serve.models.tox are folder, label, "
+            "prompt_format",
+        ),
         ("learner:\n  batch_size: 4", "learner.batch_size (run.yaml:7) is not a key; did you mean ppo.batch_size"),
         (
             "evaluate:\n  zzz: 4",
