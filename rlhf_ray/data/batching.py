@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +97,13 @@ def select(batch: Batch, indices: Sequence[int]) -> Batch:
         staleness=batch.staleness[rows],
         prompt_ids=tuple(batch.prompt_ids[index] for index in indices),
     )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on ``device``."""
+    tensors = (field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor))
+    moved: dict[str, Any] = {name: getattr(batch, name).to(device) for name in tensors}
+    return replace(batch, **moved)
 
 
 def _check(experience: Experience, version: int) -> None:

@@ -231,10 +231,11 @@ def check_nothing_missing(folder: str | Path, loading: Any) -> None:
 
 
 def switch_off_dropout(model: Any) -> Any:
-    """The model, with every dropout layer passing its input through."""
+    """The model, with every dropout layer, and every rate that an attention keeps for itself, at zero."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        rates = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in ["p"] if isinstance(module, nn.Dropout) else rates:
+            setattr(module, name, 0.0)
     return model
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from rlhf_ray.algorithms.kl import k1
 from rlhf_ray.checkpoint import load_checkpoint, replaced_folder, save_checkpoint
 from rlhf_ray.config import RunConfig
-from rlhf_ray.data.batching import collate
+from rlhf_ray.data.batching import collate, to_device
 from rlhf_ray.errors import InputError, NumericalError, StalenessError
 from rlhf_ray.models.loading import (
     load_policy_model,
@@ -121,7 +120,7 @@ class PPOLearner:
         set_threads(self._config.learner.threads)
         batch = collate(experiences, version=self._version, pad_id=self._tokenizer.pad_token_id)
         self._refuse_stale(batch)
-        batch = _to(batch, self._device)
+        batch = to_device(batch, self._device)
         metrics = _describe(batch) | {"kl_coef": kl_coef, "lr": self._set_learning_rate(), "skipped": 0.0}
         kl: list[float] | None = None
         try:
@@ -276,12 +275,6 @@ def _draw_probe(model_config: Any, tokenizer: Any, seed: int) -> Tensor:
     length = min(PROBE_TOKENS, getattr(text_config, "max_position_embeddings", PROBE_TOKENS) - 1)
     drawn = torch.randint(len(ordinary), (length,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors = (field.name for field in fields(batch) if isinstance(getattr(batch, field.name), Tensor))
-    moved: dict[str, Any] = {name: getattr(batch, name).to(device) for name in tensors}
-    return replace(batch, **moved)
 
 
 def _describe(batch: Batch) -> dict[str, float]:

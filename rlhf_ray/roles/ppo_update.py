@@ -244,9 +244,11 @@ class PPOUpdate:
         metrics = {
             "kl": float(k1(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
             "kl_k3": float(k3(old_logprobs, batch.ref_logprobs).sum(dim=1).mean()),
+            "return_mean": float(masked_mean(returns, mask)),
         }
         if old_values is not None:
             metrics["explained_variance"] = explained_variance(old_values, returns, mask)
+            metrics["value_mean"] = float(masked_mean(old_values, mask))
         return targets, metrics | importance
 
     def _epochs(self, batch: Batch, targets: Targets) -> dict[str, float]:
