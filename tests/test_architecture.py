@@ -40,6 +40,8 @@ TRESPASSES = [
     ("rlhf_ray.actors.generator", "vllm"),
     ("rlhf_ray.roles.judge", "ray"),
     ("rlhf_ray.data.preferences", "ray"),
+    ("rlhf_ray.ppo_trainer.trainer", "ray"),
+    ("rlhf_ray.ppo_trainer.trainer", "rlhf_ray.cli"),
     ("rlhf_ray.pipeline.buffer", "transformers"),
     ("rlhf_ray.config", "torch"),
 ]

@@ -1,0 +1,1 @@
+"""Scripts to run as they stand and to copy from."""
