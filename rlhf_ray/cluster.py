@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError
 
-from rlhf_ray.config import SPIN_COUNT, RunConfig
+from rlhf_ray.config import SPIN_COUNT, RunConfig, TrainerConfig
 from rlhf_ray.errors import ResourceError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
@@ -133,10 +133,11 @@ def worker_needs(config: RunConfig) -> list[Need]:
     ]
 
 
-def reward_needs(config: RunConfig) -> list[Need]:
-    """What training the reward model reserves."""
-    section = config.reward
-    return [Need(section="reward", count=section.num_workers, num_cpus=section.num_cpus, num_gpus=section.num_gpus)]
+def trainer_need(section: TrainerConfig) -> Need:
+    """What training with the workers of this section reserves."""
+    return Need(
+        section=section.section, count=section.num_workers, num_cpus=section.num_cpus, num_gpus=section.num_gpus
+    )
 
 
 def worker_env(threads: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -279,18 +279,56 @@ class JudgeConfig(Section):
     )
 
 
-class RewardConfig(Section):
-    """Training of the reward model."""
+class TrainerConfig(Section):
+    """What every training by Ray Train's workers has: of the reward model, and of a policy by SFT and DPO."""
+
+    section: ClassVar[str]
+    """Its name in the file."""
 
     data: str | None = Field(
         None,
         description="Comparisons to train on: a file or data set as `rlhf-ray data check` takes it; default: the run's "
         "preferences.jsonl and preferences.holdout.jsonl.",
     )
-    holdout: float = Field(0.1, gt=0, lt=1, description="Share of the prompts of reward.data kept for testing.")
+    holdout: float = Field(0.1, gt=0, lt=1, description="Share of the prompts of data kept for testing.")
     on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="skip: write bad rows of reward.data with their reasons to reward.rejects.jsonl and go on."
+        "fail", description="skip: write bad rows of data, with their reasons, to SECTION.rejects.jsonl and go on."
     )
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    lr: float = Field(5e-5, gt=0, description="AdamW learning rate.")
+    batch_size: int = Field(8, ge=1, description="Pairs (of sft: responses) per optimiser step, over all workers.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps over which the learning rate rises.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA matrices on every linear layer, trained instead of the layers themselves and merged "
+        "into them at the end. 0: no LoRA.",
+    )
+    lora_alpha: float = Field(32.0, gt=0, description="What LoRA adds to a layer is scaled by lora_alpha / lora_rank.")
+    save_steps: int = Field(500, ge=0, description="Optimiser steps between checkpoints, for --resume; 0: none.")
+    max_length: int = Field(1024, ge=2, description="Longest prompt and response together, tokens.")
+    precision: Precision = Field("auto", description="Autocast; auto: bfloat16 where the hardware has it.")
+    num_workers: int = Field(1, ge=1, description="Workers that share each batch; must divide batch_size.")
+    num_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for each.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
+    threads: int = Field(0, ge=0, description="CPU threads of one worker; 0: the cores of its node, shared evenly.")
+
+    @model_validator(mode="after")
+    def _workers_divide(self) -> Self:
+        if self.batch_size % self.num_workers:
+            name = self.section
+            raise ValueError(
+                f"{name}.num_workers = {self.num_workers} does not divide {name}.batch_size = {self.batch_size}; "
+                f"choose num_workers from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
+            )
+        return self
+
+
+class RewardConfig(TrainerConfig):
+    """Training of the reward model."""
+
+    section = "reward"
+
     min_accuracy: float = Field(
         0.55,
         ge=0,
@@ -300,13 +338,10 @@ class RewardConfig(Section):
     center_coef: float = Field(
         0.0, ge=0, description="Weight of the squared sum of a pair's scores in the loss, which holds scores around 0."
     )
-    epochs: float = Field(1.0, gt=0, description="Passes over the training pairs.")
     lr: float = Field(5e-5, gt=0, description="AdamW learning rate of the backbone.")
     head_lr: float | None = Field(
         None, gt=0, description="Learning rate of the score head, which starts at zero; default: that of the backbone."
     )
-    batch_size: int = Field(8, ge=1, description="Pairs per optimiser step, over all workers.")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of steps over which the learning rate rises.")
     freeze_layers: int = Field(
         0, ge=0, description="Lowest transformer layers (and the embeddings, when above 0) left untrained."
     )
@@ -316,7 +351,6 @@ class RewardConfig(Section):
         description="Rank of LoRA matrices on every linear layer, trained instead of the layers themselves and merged "
         "into them at the end; the score head is always trained whole. 0: no LoRA.",
     )
-    lora_alpha: float = Field(32.0, gt=0, description="What LoRA adds to a layer is scaled by lora_alpha / lora_rank.")
     early_stop_patience: int = Field(
         0,
         ge=0,
@@ -324,24 +358,40 @@ class RewardConfig(Section):
         "prompts, which it then leaves out; the weights of the lowest one are kept. 0: off.",
     )
     eval_steps: int = Field(50, ge=1, description="Optimiser steps between those looks.")
-    save_steps: int = Field(
-        500, ge=0, description="Optimiser steps between checkpoints, for `rlhf-ray reward --resume`; 0: none."
-    )
-    max_length: int = Field(1024, ge=2, description="Longest prompt and response together, tokens.")
-    precision: Precision = Field("auto", description="Autocast; auto: bfloat16 where the hardware has it.")
-    num_workers: int = Field(1, ge=1, description="Workers that share each batch; must divide batch_size.")
-    num_cpus: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for each.")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
-    threads: int = Field(0, ge=0, description="CPU threads of one worker; 0: the cores of its node, shared evenly.")
 
-    @model_validator(mode="after")
-    def _workers_divide(self) -> RewardConfig:
-        if self.batch_size % self.num_workers:
-            raise ValueError(
-                f"reward.num_workers = {self.num_workers} does not divide reward.batch_size = {self.batch_size}; "
-                f"choose num_workers from {[d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]}"
-            )
-        return self
+
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning: the policy learns to write given responses."""
+
+    section = "sft"
+
+    data: str | None = Field(
+        None,
+        description="What to imitate: a file of rows with prompt and response (or completion) or messages, or "
+        "comparisons, of which the preferred responses are taken, each once; default: those of the run's "
+        "preferences.jsonl.",
+    )
+    lr: float = Field(2e-5, gt=0, description="AdamW learning rate.")
+
+
+class DPOConfig(TrainerConfig):
+    """Direct preference optimisation: the policy learns from comparisons, without a reward model."""
+
+    section = "dpo"
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="Implicit reward per nat that the policy gives a response beyond the model it started from; the "
+        "higher, the nearer it stays to that.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the comparisons that are taken to be the wrong way round; 0 takes them at their word.",
+    )
+    lr: float = Field(1e-6, gt=0, description="AdamW learning rate.")
 
 
 class ServedModelConfig(Section):
@@ -532,6 +582,8 @@ class RunConfig(Section):
     collect: CollectConfig = CollectConfig()
     judge: JudgeConfig = JudgeConfig()
     reward: RewardConfig = RewardConfig()
+    sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
     serve: ServeConfig = ServeConfig()
     scorers: Annotated[tuple[AnyScorerConfig, ...], AfterValidator(_at_least_one)] = Field(
         (ServedScorerConfig(kind="served", name="reward"),),
@@ -635,6 +687,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
     kl = config.ppo.kl
     gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
+    all_gpus = gpus | {s: getattr(config, s).num_gpus for s in ("sft", "dpo")}
     if (kl.loss == "none") != (kl.loss_coef == 0):
         yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
     if config.ppo.estimator != "gae":
@@ -657,13 +710,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         )
     if kl.controller == "adaptive" and kl.coef == 0:
         yield "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05"
-    if config.device == "cpu" and any(gpus.values()):
-        section = next(s for s, n in gpus.items() if n)
-        yield f"device = cpu, but {section}.num_gpus = {gpus[section]:g}; use device = auto, or ask for no GPUs"
+    if config.device == "cpu" and any(all_gpus.values()):
+        section = next(s for s, n in all_gpus.items() if n)
+        yield f"device = cpu, but {section}.num_gpus = {all_gpus[section]:g}; use device = auto, or ask for no GPUs"
     if config.device == "cuda" and not all(gpus.values()):
         section = next(s for s, n in gpus.items() if not n)
         yield f"device = cuda, but {section}.num_gpus = 0; give it a GPU or part of one, or use device = auto"
-    for section, number in gpus.items():
+    for section, number in all_gpus.items():
         if number > 1 and number != int(number):
             yield f"{section}.num_gpus = {number:g} is no whole number; above 1 Ray gives out whole GPUs only"
     parallel = config.generator.tensor_parallel_size

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.cluster import PeakMemory, check_resources, connected, reward_needs, worker_needs
+from rlhf_ray.cluster import PeakMemory, check_resources, connected, trainer_need, worker_needs
 from rlhf_ray.config import RunConfig
 from rlhf_ray.metrics import read_summary, write_summary
 from rlhf_ray.pipeline.summary import RunSummary
@@ -40,7 +40,7 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     with PeakMemory() as memory, connected():
         if config.serves_reward:
-            check_resources(reward_needs(config))
+            check_resources([trainer_need(config.reward)])
         check_resources(worker_needs(config))
         service = None
         if config.serves_reward:

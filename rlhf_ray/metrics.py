@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -34,9 +35,11 @@ class MetricsWriter:
         self._purge_step = None if resume_step is None else resume_step + 1
         if resume_step is not None:
             for name in (METRICS_FILE, SAMPLES_FILE):
-                _drop_after(run_dir / name, resume_step)
+                if (run_dir / name).exists():
+                    _drop_after(run_dir / name, resume_step)
         self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="utf-8")
+        self._samples_path = run_dir / SAMPLES_FILE
+        self._samples: TextIO | None = None
         self._events: Any = None
 
     def write(self, metrics: Mapping[str, float], samples: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -44,6 +47,8 @@ class MetricsWriter:
         step = int(metrics["step"])
         _write_line(self._metrics, metrics)
         for sample in samples:
+            if self._samples is None:  # a run without samples leaves no file for them
+                self._samples = self._samples_path.open("a", encoding="utf-8")
             _write_line(self._samples, {"step": step, **sample})
         events = self._tensorboard()
         for name, value in metrics.items():
@@ -54,7 +59,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Close every file; a second call does nothing."""
         self._metrics.close()
-        self._samples.close()
+        if self._samples is not None:
+            self._samples.close()
+            self._samples = None
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -101,6 +108,20 @@ def write_summary(run_dir: Path, updates: Mapping[str, Any]) -> dict[str, Any]:
     summary = {**read_summary(run_dir), **_finite(updates)}
     write_json(run_dir / SUMMARY_FILE, summary)
     return summary
+
+
+@contextmanager
+def status_kept(run_dir: Path) -> Iterator[None]:
+    """``summary.json`` says "running" from here on, and how the block ended if it did not end well."""
+    write_summary(run_dir, {"status": "running", "cause": None})
+    try:
+        yield
+    except KeyboardInterrupt:
+        write_summary(run_dir, {"status": "interrupted"})
+        raise
+    except Exception as error:
+        write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

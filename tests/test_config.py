@@ -268,6 +268,14 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "(run.yaml:6)",
         ),
         (
+            "dpo: {batch_size: 4, num_workers: 3}",
+            "dpo.num_workers = 3 does not divide dpo.batch_size = 4; choose num_workers from [1, 2, 4] (run.yaml:6)",
+        ),
+        (
+            "device: cpu\nsft: {num_gpus: 1}",
+            "device = cpu, but sft.num_gpus = 1; use device = auto, or ask for no GPUs (run.yaml:6, run.yaml:7)",
+        ),
+        (
             "ppo: {batch_size: 8, completions: 3}",
             "ppo.completions = 3 does not divide ppo.batch_size = 8; choose completions from [1, 2, 4, 8] (run.yaml:6)",
         ),

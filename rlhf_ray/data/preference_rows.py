@@ -87,10 +87,10 @@ def _seed_form(row: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _SEED if row.get(name) is None]
     if missing:
         raise DataError(f'it has no field "{missing[0]}"; every comparison needs {", ".join(_SEED)}')
-    fields: dict[str, Any] = {name: _text(row[name], name) for name in _SEED[:3]}
+    fields: dict[str, Any] = {name: parse_text(row[name], name) for name in _SEED[:3]}
     if not fields["input_text"].strip():
         raise DataError('"input_text" is empty; give the prompt that the candidates answer')
-    turns = _messages(row["messages"], "messages") if row.get("messages") else ()
+    turns = parse_messages(row["messages"], "messages") if row.get("messages") else ()
     return fields | {"human_preference": parse_answer(row["human_preference"]), "turns": turns}
 
 
@@ -100,7 +100,12 @@ def _pair_form(row: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is not None:
-            fields = {"input_text": _text(prompt, "prompt"), "candidate1": chosen, "candidate2": rejected, "turns": ()}
+            fields = {
+                "input_text": parse_text(prompt, "prompt"),
+                "candidate1": chosen,
+                "candidate2": rejected,
+                "turns": (),
+            }
         elif _SPEAKER.match(chosen):
             fields = _dialogues(chosen, rejected)
         else:
@@ -108,7 +113,7 @@ def _pair_form(row: Mapping[str, Any]) -> dict[str, Any]:
     else:
         fields = _conversations(prompt, chosen, rejected)
     for name, column in (("candidate1", "chosen"), ("candidate2", "rejected")):
-        _text(fields[name], column)
+        parse_text(fields[name], column)
     if not fields["input_text"].strip():
         raise DataError("the prompt is empty; chosen and rejected need something that they answer")
     return fields | {"human_preference": 1.0}
@@ -153,14 +158,14 @@ def _beginning_alike(chosen: str, rejected: str) -> dict[str, Any]:
 
 
 def _conversations(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    first, second = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    first, second = parse_messages(chosen, "chosen"), parse_messages(rejected, "rejected")
     if prompt is None:
         alike = next(
             (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
         )
         turns, first, second = first[:alike], first[alike:], second[alike:]
     else:
-        turns = _messages(prompt, "prompt")
+        turns = parse_messages(prompt, "prompt")
     for column, answer in (("chosen", first), ("rejected", second)):
         if len(answer) != 1 or answer[0].role != "assistant":
             raise DataError(f'"{column}" must add one assistant message to the prompt; it adds {len(answer)} messages')
@@ -170,7 +175,15 @@ def _conversations(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
     return {"input_text": text, "candidate1": first[0].content, "candidate2": second[0].content, "turns": turns}
 
 
-def _messages(value: Any, name: str) -> tuple[Turn, ...]:
+def parse_messages(value: Any, name: str) -> tuple[Turn, ...]:
+    """Messages with role and content.
+
+    Args:
+        name: of the column, which messages name.
+
+    Raises:
+        DataError: it is something else.
+    """
     if isinstance(value, str):
         raise DataError(f'"{name}" is text where the other columns are lists of messages; write all three alike')
     if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
@@ -182,7 +195,7 @@ def _messages(value: Any, name: str) -> tuple[Turn, ...]:
             raise DataError(
                 f'"{name}" has a message with role {json.dumps(role, default=str)}; use system, user or assistant'
             )
-        turns.append(Turn(role=role, content=_text(content, f"{name}.content")))
+        turns.append(Turn(role=role, content=parse_text(content, f"{name}.content")))
     return tuple(turns)
 
 
@@ -190,7 +203,7 @@ def _optional(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("annotator", "source"):
         if row.get(name) not in (None, ""):
-            found[name] = _text(row[name], name)
+            found[name] = parse_text(row[name], name)
     if row.get("id") not in (None, ""):
         found["pair_id"] = str(row["id"])
     for name, lowest in (("weight", "above 0"), ("margin", "0 or more")):
@@ -218,7 +231,12 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _text(value: Any, name: str) -> str:
+def parse_text(value: Any, name: str) -> str:
+    """A text that a tokenizer can read.
+
+    Raises:
+        DataError: naming the column ``name``, if it is none.
+    """
     if not isinstance(value, str):
         raise DataError(f'"{name}" must be text, not {type(value).__name__}')
     if any("\ud800" <= letter <= "\udfff" for letter in value):

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.types import Turn
@@ -70,6 +70,8 @@ class TokenPair:
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    prompt_tokens: int = 0
+    """How many of them are the prompt's, the same in both; a reward model need not know."""
     probability: float = 1.0
     """P(the chosen one is preferred), 0.5 (a tie) to 1."""
     weight: float = 1.0
@@ -84,10 +86,20 @@ def as_dialogue(turns: Sequence[Turn]) -> str:
     return "".join(f"\n\n{names[turn.role]}: {turn.content}" for turn in turns) + "\n\nAssistant: "
 
 
-def split_by_prompt(
-    preferences: Sequence[Preference], share: float, *, seed: int
-) -> tuple[list[Preference], list[Preference]]:
-    """(train, holdout): all pairs of one prompt stand on one side, and each side has at least one prompt.
+class HasPrompt(Protocol):
+    """A row of data that belongs to a prompt."""
+
+    @property
+    def input_text(self) -> str:
+        """The prompt."""
+        ...
+
+
+Item = TypeVar("Item", bound=HasPrompt)
+
+
+def split_by_prompt(rows: Sequence[Item], share: float, *, seed: int) -> tuple[list[Item], list[Item]]:
+    """(train, holdout): all rows of one prompt stand on one side, and each side has at least one prompt.
 
     Args:
         share: of the prompts, that go to the holdout.
@@ -95,13 +107,12 @@ def split_by_prompt(
     Raises:
         DataError: there are fewer than two prompts.
     """
-    prompts = list(dict.fromkeys(preference.input_text for preference in preferences))
+    prompts = list(dict.fromkeys(row.input_text for row in rows))
     if len(prompts) < 2:
-        raise DataError(f"{len(prompts)} prompts cannot be split into training and holdout; compare more")
+        raise DataError(f"{len(prompts)} prompts cannot be split into training and holdout; give rows of more prompts")
     count = min(max(1, round(share * len(prompts))), len(prompts) - 1)
     held = set(random.Random(seed).sample(prompts, count))
-    train = [preference for preference in preferences if preference.input_text not in held]
-    return train, [preference for preference in preferences if preference.input_text in held]
+    return [row for row in rows if row.input_text not in held], [row for row in rows if row.input_text in held]
 
 
 def write_preferences(path: Path, preferences: Iterable[Preference]) -> None:

@@ -52,24 +52,28 @@ class ReferenceModel:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """For each rollout, the [T] float32 log-probabilities of its response, nats, at the sampling temperature."""
+        return self.response_logprobs([(rollout.prompt.token_ids, rollout.response_ids) for rollout in rollouts])
+
+    def response_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        """As ``logprobs``, of pairs of prompt and response as token ids."""
         set_threads(self._threads)
-        lengths = [len(rollout.prompt.token_ids) + len(rollout.response_ids) for rollout in rollouts]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]
         results: dict[int, np.ndarray] = {}
         for rows in micro_batches(lengths, max_tokens=self._max_batch_tokens):
-            for row, logprobs in zip(rows, self._forward([rollouts[row] for row in rows]), strict=True):
+            for row, logprobs in zip(rows, self._forward([sequences[row] for row in rows]), strict=True):
                 results[row] = logprobs
-        return [results[row] for row in range(len(rollouts))]
+        return [results[row] for row in range(len(sequences))]
 
     @torch.inference_mode()
-    def _forward(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
-        responses = [torch.tensor(rollout.response_ids) for rollout in rollouts]
-        tokens = [torch.tensor(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
+    def _forward(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+        responses = [torch.tensor(response) for _, response in sequences]
+        tokens = [torch.tensor([*prompt, *response]) for prompt, response in sequences]
         lengths = torch.tensor([len(response) for response in responses])
         response_ids = pad_sequence(responses, batch_first=True)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             output = self._model(
                 pad_sequence(tokens, batch_first=True).to(self._device),
-                torch.tensor([len(rollout.prompt.token_ids) for rollout in rollouts], device=self._device),
+                torch.tensor([len(prompt) for prompt, _ in sequences], device=self._device),
                 response_ids.to(self._device),
                 (torch.arange(response_ids.shape[1]) < lengths.unsqueeze(1)).to(self._device),
                 temperature=self._temperature,

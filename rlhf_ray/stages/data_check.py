@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ray.data.preference_files import Loaded, load_preferences, write_rejects
+from rlhf_ray.data.preference_files import Reject, load_preferences, write_rejects
 from rlhf_ray.data.preference_report import PreferenceReport, describe_preferences
 from rlhf_ray.data.preferences import split_by_prompt
 from rlhf_ray.errors import DataError
@@ -39,7 +40,9 @@ def check_data(path: str, *, skip_bad_rows: bool, rejects_path: Path, holdout: f
     """
     loaded = load_preferences(path)
     if loaded.rejects and not skip_bad_rows:
-        raise DataError(bad_rows(path, loaded, f"--on-bad-row skip to write them to {rejects_path} and go on"))
+        total = len(loaded.rejects) + len(loaded.preferences)
+        remedy = f"--on-bad-row skip to write them to {rejects_path} and go on"
+        raise DataError(bad_rows(path, loaded.rejects, total=total, remedy=remedy))
     if loaded.rejects:
         write_rejects(rejects_path, loaded.rejects)
     if not loaded.preferences:
@@ -57,10 +60,9 @@ def check_data(path: str, *, skip_bad_rows: bool, rejects_path: Path, holdout: f
     )
 
 
-def bad_rows(path: str, loaded: Loaded, remedy: str) -> str:
+def bad_rows(path: str, rejects: Sequence[Reject], *, total: int, remedy: str, noun: str = "comparison") -> str:
     """The first reasons, how many there are in all, and what to do."""
-    reasons = [reject.reason for reject in loaded.rejects]
-    total = len(reasons) + len(loaded.preferences)
+    reasons = [reject.reason for reject in rejects]
     more = [f"and {len(reasons) - SHOWN_REASONS} more"] if len(reasons) > SHOWN_REASONS else []
-    first = f"{len(reasons)} of {total} rows of {path} are no comparison; mend them, or use {remedy}:"
+    first = f"{len(reasons)} of {total} rows of {path} are no {noun}; mend them, or use {remedy}:"
     return "\n".join([first, *reasons[:SHOWN_REASONS], *more])

@@ -24,7 +24,7 @@ from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_need
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, ModelError
-from rlhf_ray.metrics import MetricsWriter, write_summary
+from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.pool import GeneratorPool
@@ -77,21 +77,10 @@ def run_ppo(
     with connected():
         check_resources(worker_needs(config))
         save_resolved(config, config.run_dir / RESOLVED_FILE)
-        with _status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
+        with status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
             summary = asyncio.run(_run(prepared, critic, prompts, handle, start, on_step or (lambda metrics: None)))
             write_summary(config.run_dir, asdict(summary))
     return summary
-
-
-@contextmanager
-def _status_kept(run_dir: Path) -> Iterator[None]:
-    """``summary.json`` says "running" from here on, and "failed" with the cause if that is how the block ends."""
-    write_summary(run_dir, {"status": "running", "cause": None})
-    try:
-        yield
-    except Exception as error:
-        write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
-        raise
 
 
 @contextmanager

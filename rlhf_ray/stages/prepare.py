@@ -94,6 +94,8 @@ def _resolve_precisions(config: RunConfig) -> RunConfig:
             ("learner", config.learner, "precision", config.learner.num_gpus),
             ("serve", config.serve, "precision", config.serve.num_gpus),
             ("reward", config.reward, "precision", config.reward.num_gpus),
+            ("sft", config.sft, "precision", config.sft.num_gpus),
+            ("dpo", config.dpo, "precision", config.dpo.num_gpus),
         )
     }
     return config.model_copy(update=updates)

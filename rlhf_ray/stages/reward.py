@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -13,22 +12,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.actors.reward_trainer import RewardJob, train_on_ray
-from rlhf_ray.checkpoint import check_complete, latest_checkpoint
-from rlhf_ray.cluster import check_resources, connected, reward_needs
+from rlhf_ray.cluster import check_resources, connected, trainer_need
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
-from rlhf_ray.data.preferences import TokenPair
+from rlhf_ray.data.preferences import TokenPair, split_by_prompt
 from rlhf_ray.errors import ConfigError, NumericalError
 from rlhf_ray.metrics import write_summary
 from rlhf_ray.models.reward import QUALITY_FILE, ScoreNormalisation, model_version
 from rlhf_ray.report.model_card import write_model_card
-from rlhf_ray.roles.reward_checkpoints import IDENTITY_FILE
 from rlhf_ray.roles.scorer import RewardSettings
 from rlhf_ray.stages.prepare import prepare
-from rlhf_ray.stages.reward_data import Comparison, hold_out, load_comparisons
 from rlhf_ray.stages.reward_quality import Quality, ScoredPair, quality
+from rlhf_ray.stages.training import check_start, checkpoints_folder, identity
+from rlhf_ray.stages.training_data import Comparison, load_comparisons
 
 log = logging.getLogger("rlhf_ray.reward")
 
@@ -40,16 +37,6 @@ SWAPPED_PAIRS = 64
 
 VALIDATION_SHARE = 0.1
 """Of the training prompts, held back where ``reward.early_stop_patience`` asks for it."""
-
-CHECKPOINTS = "reward.checkpoints"
-
-_MAY_CHANGE = {"data", "holdout", "on_bad_row", "min_accuracy", "max_length", "save_steps"} | {
-    "num_workers",
-    "num_cpus",
-    "num_gpus",
-    "threads",
-}
-"""Of section reward: what a resumed run may have otherwise. The pairs themselves are compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +97,13 @@ def train_reward(
         raise ConfigError(f"{folder} already holds a reward model; remove it, or choose another name or output_dir")
     prepared = prepare(config)
     config = prepared.config
-    comparisons, holdout = load_comparisons(config, prepared.tokenizer)
+    comparisons, holdout = load_comparisons(config, config.reward, prepared.tokenizer)
     train, validation = comparisons, list[Comparison]()
     if config.reward.early_stop_patience:
-        train, validation = hold_out(comparisons, VALIDATION_SHARE, seed=config.seed)
+        train, validation = split_by_prompt(comparisons, VALIDATION_SHARE, seed=config.seed)
     pairs = [comparison.tokens for comparison in train]
-    checkpoints, identity = config.run_dir / CHECKPOINTS, _identity(config, pairs)
-    _check_start(checkpoints, identity, resume=resume)
+    checkpoints, shared = checkpoints_folder(config, config.reward), identity(config, config.reward, pairs)
+    check_start(checkpoints, shared, resume=resume)
     save_resolved(config, config.run_dir / RESOLVED_FILE)
     temporary = Path(tempfile.mkdtemp(prefix=".reward-", dir=config.run_dir)) / folder.name  # the version has this name
     try:
@@ -129,10 +116,10 @@ def train_reward(
             score=[_sample(pairs, seed=config.seed), *_both_orders(holdout)],
             folder=temporary,
             checkpoints=checkpoints,
-            identity=identity,
+            identity=shared,
         )
         with connected():
-            check_resources(reward_needs(config))
+            check_resources([trainer_need(config.reward)])
             log.info("training the reward model on %d pairs (%s)", len(pairs), config.reward.precision)
             trained = train_on_ray(job, on_progress)
         normalisation = _normalisation(trained.scores[0])
@@ -155,7 +142,7 @@ def train_reward(
             score_mean=normalisation.mean,
             score_std=normalisation.std,
             seconds=time.monotonic() - began,
-            pairs_per_second=trained.pairs_per_second,
+            pairs_per_second=trained.per_second,
             annotators=tuple(sorted({c.preference.annotator for c in train if c.preference.annotator})),
             version=model_version(temporary),
             folder=str(folder),
@@ -180,43 +167,6 @@ def train_reward(
         *(report.version, report.accuracy, report.accuracy_low, report.accuracy_high, report.pairs, report.train_pairs),
     )
     return report
-
-
-def _identity(config: RunConfig, pairs: Sequence[TokenPair]) -> dict[str, Any]:
-    """What a resumed training must share with the one it goes on from."""
-    section = config.reward.model_dump(mode="json", exclude=_MAY_CHANGE)
-    digest = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
-    return {
-        "seed": config.seed,
-        "model.path": config.model.path,
-        **{f"reward.{key}": value for key, value in section.items()},
-        "training pairs": digest[:12],
-    }
-
-
-def _check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-    """Checkpoints are there if, and only if, they are to be resumed from, and they are of this very training.
-
-    Raises:
-        InputError: which it is not.
-    """
-    newest = latest_checkpoint(checkpoints)
-    if not resume:
-        if newest is not None:
-            raise ConfigError(
-                f"{checkpoints} holds checkpoints of an earlier training; resume it, choose another name, or remove "
-                "that folder"
-            )
-        return
-    if newest is None:
-        raise ConfigError(
-            f"--resume: there is no whole checkpoint in {checkpoints}; run without --resume to start afresh"
-        )
-    check_complete(newest)
-    then = json.loads((newest / IDENTITY_FILE).read_text(encoding="utf-8"))
-    if changed := [key for key, value in identity.items() if then.get(key) != value]:
-        was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
-        raise ConfigError(f"--resume: {newest} was written with {was}; give the same, or start afresh with --overwrite")
 
 
 def _sample(pairs: Sequence[TokenPair], *, seed: int) -> list[list[int]]:

@@ -20,8 +20,8 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward import ScoreNormalisation
 from rlhf_ray.roles.reward_trainer import fit_reward_model, new_reward_model
 from rlhf_ray.roles.scorer import RewardScorer, RewardSettings
-from rlhf_ray.stages.reward_data import load_comparisons
 from rlhf_ray.stages.serve import served_reward
+from rlhf_ray.stages.training_data import load_comparisons
 from rlhf_ray.types import Prompt, Rollout
 
 pytestmark = [pytest.mark.ray, pytest.mark.serve, pytest.mark.slow]
@@ -62,7 +62,7 @@ def test_training_serving_and_the_loop_read_the_same_ids_and_give_the_same_score
     model = new_reward_model(tiny_model_dir, tokenizer)
     write_preferences(run / "preferences.jsonl", preferences)
     write_preferences(run / "preferences.holdout.jsonl", preferences[:1])
-    comparisons, _ = load_comparisons(config, tokenizer)
+    comparisons, _ = load_comparisons(config, config.reward, tokenizer)
     (tmp_path / "scratch").mkdir()
     fit_reward_model(
         model,

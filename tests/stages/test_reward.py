@@ -29,7 +29,7 @@ from rlhf_ray.models.reward import load_reward_model
 from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.stages.prepare import check_reward_quality
 from rlhf_ray.stages.reward import RewardReport, train_reward
-from rlhf_ray.stages.reward_data import load_comparisons
+from rlhf_ray.stages.training_data import load_comparisons
 from rlhf_ray.types import Turn
 
 
@@ -123,7 +123,7 @@ def test_progress_is_told_as_numbers_that_end_at_the_last_step(trained: Any) -> 
     assert progress[-1]["loss"] < progress[0]["loss"]
     assert progress[-1]["eta_seconds"] == 0
     assert {row["steps"] for row in progress} == {20}
-    assert all(row["pairs_per_second"] > 0 for row in progress)
+    assert all(row["per_second"] > 0 for row in progress)
 
 
 @pytest.mark.ray
@@ -161,7 +161,7 @@ def test_a_pair_that_is_too_long_is_named(tmp_path: Path, tiny_model_dir: Path) 
     config = a_run(tmp_path, tiny_model_dir, max_length=300)
     long = Preference(input_text="p", candidate1="a" * 600, candidate2="b", human_preference=1.0)
     write_preferences(config.run_dir / "preferences.jsonl", [*pairs_with_a_rule(40, seed=1), long])
-    with pytest.raises(DataError, match=r"preferences.jsonl: the prompt 'p' and a candidate are 60\d tokens together"):
+    with pytest.raises(DataError, match=r"preferences.jsonl: the prompt 'p' and a response are 60\d tokens together"):
         train_reward(config)
 
 
@@ -223,7 +223,7 @@ def test_a_dialogue_is_put_to_the_model_turn_by_turn(tmp_path: Path, tiny_model_
     )
     write_preferences(config.run_dir / "preferences.jsonl", [dialogue])
     tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=True)
-    (comparison,), _ = load_comparisons(config, tokenizer)
+    (comparison,), _ = load_comparisons(config, config.reward, tokenizer)
     text = "<|user|>Is it late?<|end|><|assistant|>A little.<|end|><|user|>How late?<|end|><|assistant|>"
     expected = tokenizer.encode(text) + tokenizer.encode(" Two.") + [tokenizer.eos_token_id]
     assert comparison.tokens.chosen_ids == expected

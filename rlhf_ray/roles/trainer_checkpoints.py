@@ -1,4 +1,4 @@
-"""Checkpoints of a reward model's training, and the weights that did best so far.
+"""Checkpoints of a training by TRL's trainers, and the weights that did best so far.
 
     reward.checkpoints/step-000500/    model.safetensors (or LoRA's), optimizer.pt, scheduler.pt, rng_state*.pth,
                                        trainer_state.json, identity.json, best.safetensors, COMPLETE
@@ -33,11 +33,11 @@ _PICKLED_ARGUMENTS = "training_args.bin"
 class KeepCheckpoints(TrainerCallback):
     """Writes a checkpoint every so many steps, and keeps the newest whole one."""
 
-    def __init__(self, root: Path, identity: Mapping[str, Any], *, every: int, best: Path) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, Any], *, every: int, best: Path | None = None) -> None:
         """
         Args:
             every: optimiser steps; 0: never.
-            best: what ``KeepBest`` writes.
+            best: what ``KeepBest`` writes, where it is used.
         """
         self._root = root
         self._identity = identity
@@ -56,7 +56,7 @@ class KeepCheckpoints(TrainerCallback):
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / _PICKLED_ARGUMENTS).unlink(missing_ok=True)
         (written / IDENTITY_FILE).write_text(json.dumps(self._identity, indent=2) + "\n", encoding="utf-8")
-        if self._best.is_file():
+        if self._best is not None and self._best.is_file():
             shutil.copyfile(self._best, written / BEST_FILE)
         self._root.mkdir(exist_ok=True)
         folder = self._root / f"step-{state.global_step:06d}"
