@@ -129,6 +129,25 @@ CHARTS: Mapping[str, tuple[ChartSpec, ...]] = {
 }
 
 
+OF_TUNING: Mapping[str, tuple[ChartSpec, ...]] = {
+    "Is it learning?": (
+        ChartSpec(
+            title="Loss",
+            about="of DPO, nats a pair: log 2 = 0.69 is where it starts; of SFT, nats a response token",
+            series={"dpo_loss": "DPO", "sft_loss": "SFT"},
+            from_zero=True,
+        ),
+        ChartSpec(
+            title="Accuracy in training",
+            about="of DPO, pairs whose preferred response has the higher implicit reward; of SFT, tokens foreseen",
+            series={"dpo_accuracy": "DPO", "sft_accuracy": "SFT"},
+            from_zero=True,
+        ),
+    ),
+}
+"""Of a policy that SFT or DPO trained."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
     """A headline number; ``value`` is None where no stage has produced it, and ``note`` then says which would."""
@@ -163,7 +182,9 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
     summary, evaluation = read_summary(run_dir), load_evaluation(run_dir)
     reward = _read_json(run_dir / "reward" / QUALITY_FILE)
     if not (rows or summary or evaluation or reward):
-        raise DataError(f"{run_dir} holds no metrics, evaluation or reward model yet; run rlhf-ray ppo or demo first")
+        raise DataError(
+            f"{run_dir} holds no metrics, evaluation or reward model yet; run rlhf-ray ppo, dpo, sft or demo first"
+        )
     config_text = _read_text(run_dir / RESOLVED_FILE)
     if SIMULATED_ANNOTATOR in (reward or {}).get("annotators", ()):
         rows = with_gold(rows, read_lines(run_dir / SAMPLES_FILE), VaderJudge().score)
@@ -179,7 +200,8 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
         name=run_dir.resolve().name,
         summary=summary,
         facts=_facts(rows, summary, config_text),
-        notice=_simulated_notice(evaluation, reward),
+        notice=_simulated_notice(summary, evaluation, reward),
+        by_preference=any(f"{stage}_steps" in summary for stage in ("sft", "dpo")),
         figures=headline(summary, evaluation, reward),
         sections=sections,
         absent=absent,
@@ -205,7 +227,8 @@ def draw_all(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Chart]],
     """The charts under their headings, and the titles of those that had nothing to show."""
     sections: dict[str, list[Chart]] = {}
     absent: list[str] = []
-    for heading, specs in CHARTS.items():
+    tuned = any("sft_loss" in row or "dpo_loss" in row for row in rows)
+    for heading, specs in (OF_TUNING if tuned else CHARTS).items():
         for spec in specs:
             chart = draw(spec, rows)
             if chart is None:
@@ -219,7 +242,8 @@ def headline(
     summary: Mapping[str, Any], evaluation: Evaluation | None, reward: Mapping[str, Any] | None
 ) -> list[Figure]:
     """The figures at the top of the page, in the order a reader asks for them."""
-    return [*_evaluated(evaluation), _kl(summary, evaluation), _accuracy(reward), *_loop(summary)]
+    tuned = _tuned(summary)
+    return [*_evaluated(evaluation), _kl(summary, evaluation), *(tuned or (_accuracy(reward), *_loop(summary)))]
 
 
 def first_of_each_prompt(samples: Sequence[PairedSample], limit: int) -> list[PairedSample]:
@@ -256,7 +280,8 @@ def _kl(summary: Mapping[str, Any], evaluation: Evaluation | None) -> Figure:
         return Figure(label="KL", value=f"{evaluation.trained.kl:.1f}", note="nats per response on held-out prompts")
     if summary.get("kl_last") is not None:
         return Figure(label="KL", value=f"{summary['kl_last']:.1f}", note="nats per response at the last step")
-    return Figure(label="KL", value=None, note="no PPO step yet: rlhf-ray ppo")
+    note = "no evaluation yet: rlhf-ray evaluate" if _tuned(summary) else "no PPO step yet: rlhf-ray ppo"
+    return Figure(label="KL", value=None, note=note)
 
 
 def _accuracy(reward: Mapping[str, Any] | None) -> Figure:
@@ -267,6 +292,41 @@ def _accuracy(reward: Mapping[str, Any] | None) -> Figure:
         interval = f"{reward['accuracy_low']:.0%} to {reward['accuracy_high']:.0%} "
     pairs = f"on {reward['pairs']} held-out pairs" if "pairs" in reward else "on held-out pairs"
     return Figure(label="Reward-model accuracy", value=f"{reward['accuracy']:.0%}", note=interval + pairs)
+
+
+def _tuned(summary: Mapping[str, Any]) -> list[Figure]:
+    """What SFT or DPO taught the policy, on held-out prompts; none where neither did."""
+    if summary.get("dpo_accuracy") is not None:
+        low, high = summary["dpo_accuracy_low"], summary["dpo_accuracy_high"]
+        return [
+            Figure(
+                label="Implicit-reward accuracy",
+                value=f"{summary['dpo_accuracy']:.0%}",
+                note=f"{low:.0%} to {high:.0%} on {summary['dpo_pairs']} held-out pairs",
+                good=True if low > 0.5 else False if high < 0.5 else None,
+            ),
+            Figure(
+                label="DPO loss",
+                value=f"{summary['dpo_loss']:.3f}",
+                note=f"nats a pair, mean of {summary['dpo_steps']} steps on {summary['dpo_train_pairs']} pairs",
+            ),
+        ]
+    if summary.get("sft_holdout_loss") is not None:
+        before, after = summary["sft_holdout_loss_before"], summary["sft_holdout_loss"]
+        return [
+            Figure(
+                label="Loss on held-out responses",
+                value=f"{before:.2f} → {after:.2f}",
+                note=f"nats a token, {summary['sft_holdout_responses']} responses",
+                good=after < before,
+            ),
+            Figure(
+                label="SFT loss",
+                value=f"{summary['sft_loss']:.3f}",
+                note=f"nats a token, mean of {summary['sft_steps']} steps on {summary['sft_responses']} responses",
+            ),
+        ]
+    return []
 
 
 def _loop(summary: Mapping[str, Any]) -> list[Figure]:
@@ -297,7 +357,7 @@ def _comparison(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     base, trained = evaluation.base, evaluation.trained
     return [
         ("Gold score", f"{base.gold:.3f}", f"{trained.gold:.3f}"),
-        ("Score, as PPO raises it", f"{base.score:.3f}", f"{trained.score:.3f}"),
+        *_scores(base.score, trained.score),
         ("KL, nats per response", f"{base.kl:.2f}", f"{trained.kl:.2f}"),
         ("Tokens per response", f"{base.tokens:.1f}", f"{trained.tokens:.1f}"),
         ("Truncated", f"{base.truncated_share:.0%}", f"{trained.truncated_share:.0%}"),
@@ -306,11 +366,17 @@ def _comparison(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
     ]
 
 
+def _scores(base: float | None, trained: float | None) -> list[tuple[str, str, str]]:
+    if base is None or trained is None:
+        return []
+    return [("Score, as PPO raises it", f"{base:.3f}", f"{trained:.3f}")]
+
+
 def _facts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config_text: str | None) -> list[str]:
     config = yaml.safe_load(config_text) if config_text else {}
     facts = [str(config["model"]["path"])] if config else []
     if rows:
-        facts.append(f"{len(rows)} steps")
+        facts.append(f"{int(rows[-1]['step'])} steps")
     if summary.get("samples") is not None:
         facts.append(f"{summary['samples']} samples")
     if summary.get("staleness_max") is not None:
@@ -328,10 +394,16 @@ def _stage_bars(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     return [(name, duration(s), round(100 * s / longest, 1)) for name, s in seconds.items()]
 
 
-def _simulated_notice(evaluation: Evaluation | None, reward: Mapping[str, Any] | None) -> str | None:
+def _simulated_notice(
+    summary: Mapping[str, Any], evaluation: Evaluation | None, reward: Mapping[str, Any] | None
+) -> str | None:
     """What a program did in this run where people would; None where none did."""
-    annotators = [str(name) for name in (reward or {}).get("annotators", ())]
-    roles = ["compared the responses that the reward model learned from"] if _any_simulated(annotators) else []
+    learners = {
+        "the reward model": (reward or {}).get("annotators", ()),
+        "the policy": (*summary.get("sft_annotators", ()), *summary.get("dpo_annotators", ())),
+    }
+    taught = [learner for learner, annotators in learners.items() if _any_simulated(annotators)]
+    roles = [f"compared the responses that {' and '.join(taught)} learned from"] if taught else []
     roles += ["gave the gold scores below"] if evaluation is not None else []
     if not roles:
         return None
@@ -341,8 +413,8 @@ def _simulated_notice(evaluation: Evaluation | None, reward: Mapping[str, Any] |
     )
 
 
-def _any_simulated(annotators: Sequence[str]) -> bool:
-    return any(name.startswith("simulated:") for name in annotators)
+def _any_simulated(annotators: Sequence[Any]) -> bool:
+    return any(str(name).startswith("simulated:") for name in annotators)
 
 
 def _version() -> str:

@@ -1,7 +1,8 @@
 """Evaluate: the base policy against the trained one on held-out prompts.
 
-The gold judge, which PPO never saw, decides; the score that PPO raised stands beside it. A score that rises while
-gold falls is over-optimisation (Gao et al. 2022), and this is where it shows. Who samples and scores is handed in.
+The gold judge decides; the score that PPO raised, which never saw that judge, stands beside it. A score that rises
+while gold falls is over-optimisation (Gao et al. 2022), and this is where it shows. A run without a reward model, by
+SFT or DPO, has no scores. Who samples and scores is handed in.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Sampler = Callable[[Sequence[str]], Sequence[Sequence[Rollout]]]
 """Model folders or ids → of each, its responses to the held-out prompts, ``evaluate.samples_per_prompt`` each."""
 Gold = Callable[[str], float]
 """Response text → the judge's verdict; higher is better."""
-Measure = Callable[[Sequence[Rollout]], tuple[Sequence[Score], Sequence[np.ndarray]]]
-"""Rollouts → their scores; and one [T] array each, the reference's log-probabilities of the response, nats, same
-temperature."""
+Measure = Callable[[Sequence[Rollout]], tuple[Sequence[Score] | None, Sequence[np.ndarray]]]
+"""Rollouts → their scores, if anything scores; and one [T] array each, the reference's log-probabilities of the
+response, nats, same temperature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class EvalRow:
     tokens: int
     truncated: bool
     gold: float
-    score: float
+    score: float | None
     """As the loop scores: the reward model's normalised score, or the weighted sum of the scorers."""
     kl: float
     """Sum over the response's tokens of log-probability under its own policy minus the reference's, nats (k1)."""
@@ -64,7 +65,7 @@ class Side:
     """Means over one policy's responses."""
 
     gold: float
-    score: float
+    score: float | None
     kl: float
     """Nats per response."""
     tokens: float
@@ -84,8 +85,8 @@ class PairedSample:
     trained: str
     base_gold: float
     trained_gold: float
-    base_score: float
-    trained_score: float
+    base_score: float | None
+    trained_score: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,8 @@ class Evaluation:
     trained: Side
     gold_gain: Interval
     """Mean over prompts of trained − base."""
-    score_gain: Interval
+    score_gain: Interval | None
+    """None where nothing scores."""
     win_rate: Interval
     """Share of (prompt, sample) pairs where the trained response has the higher gold score; ties count half."""
     tie_share: float
@@ -139,15 +141,18 @@ def trained_policy(config: RunConfig) -> Path:
     """
     folder = config.run_dir / "policy"
     if not (folder / "config.json").exists():
-        raise ModelError(f"there is no trained policy at {folder}; run rlhf-ray ppo with this configuration first")
+        raise ModelError(
+            f"there is no trained policy at {folder}; run rlhf-ray ppo, dpo or sft with this configuration first"
+        )
     return folder
 
 
 def rows(
-    rollouts: Sequence[Rollout], *, gold: Gold, scores: Sequence[Score], reference_logprobs: Sequence[np.ndarray]
+    rollouts: Sequence[Rollout], *, gold: Gold, scores: Sequence[Score] | None, reference_logprobs: Sequence[np.ndarray]
 ) -> list[EvalRow]:
     """Rollouts with their verdicts; a prompt's responses are numbered in the order of their prompt ids."""
-    judged = zip(rollouts, scores, reference_logprobs, strict=True)
+    values = [None] * len(rollouts) if scores is None else [score.value for score in scores]
+    judged = zip(rollouts, values, reference_logprobs, strict=True)
     counts: dict[str, int] = defaultdict(int)
     result: list[EvalRow] = []
     for rollout, score, reference in sorted(judged, key=lambda item: item[0].prompt.prompt_id):
@@ -160,7 +165,7 @@ def rows(
                 tokens=len(rollout.response_ids),
                 truncated=rollout.finish_reason == "length",
                 gold=gold(rollout.text),
-                score=score.value,
+                score=score,
                 kl=float(np.sum(np.asarray(rollout.rollout_logprobs, dtype=np.float64) - reference)),
             )
         )
@@ -187,7 +192,7 @@ def compare(base: Sequence[EvalRow], trained: Sequence[EvalRow], *, seed: int = 
         base=_side(base),
         trained=_side([after for _, after in pairs]),
         gold_gain=_over_prompts(prompts, [after.gold - before.gold for before, after in pairs], seed),
-        score_gain=_over_prompts(prompts, [after.score - before.score for before, after in pairs], seed),
+        score_gain=_score_gain(prompts, pairs, seed),
         win_rate=_over_prompts(prompts, wins, seed),
         tie_share=wins.count(0.5) / len(wins),
         samples=tuple(_paired(before, after) for before, after in sorted(pairs, key=lambda p: order[p[0].prompt])),
@@ -201,7 +206,8 @@ def load_evaluation(run_dir: Path) -> Evaluation | None:
         return None
     data = json.loads(path.read_text("utf-8"))
     data |= {side: Side(**data[side]) for side in ("base", "trained")}
-    data |= {name: Interval(**data[name]) for name in ("gold_gain", "score_gain", "win_rate")}
+    intervals = ("gold_gain", "score_gain", "win_rate")
+    data |= {name: Interval(**data[name]) for name in intervals if data[name] is not None}
     data["samples"] = tuple(PairedSample(**sample) for sample in data["samples"])
     return Evaluation(**data)
 
@@ -224,15 +230,22 @@ def _side(side: Sequence[EvalRow]) -> Side:
         return float(np.mean(list(values)))
 
     texts = [row.response for row in side]
+    scores = [row.score for row in side if row.score is not None]
     return Side(
         gold=mean(row.gold for row in side),
-        score=mean(row.score for row in side),
+        score=mean(scores) if scores else None,
         kl=mean(row.kl for row in side),
         tokens=mean(row.tokens for row in side),
         truncated_share=mean(row.truncated for row in side),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
     )
+
+
+def _score_gain(prompts: Sequence[str], pairs: Sequence[tuple[EvalRow, EvalRow]], seed: int) -> Interval | None:
+    """Everything is scored, or nothing is."""
+    gains = [b.score - a.score for a, b in pairs if a.score is not None and b.score is not None]
+    return _over_prompts(prompts, gains, seed) if gains else None
 
 
 def _over_prompts(prompts: Sequence[str], values: Sequence[float], seed: int) -> Interval:

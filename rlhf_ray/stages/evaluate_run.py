@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from rlhf_ray.stages.prepare import check_reward_model_reads, check_scorers, pre
 from rlhf_ray.stages.serve import ServedReward
 from rlhf_ray.types import Rollout, Score
 
+log = logging.getLogger("rlhf_ray.evaluate")
+
 CONCURRENT_SCORES = 256
 """Responses sent to the scorers at once: well below what the reward service queues."""
 
@@ -37,11 +40,15 @@ def run_evaluate(
         service: a reward model that is already served; by default one is served for this alone, if a scorer needs it.
 
     Raises:
-        InputError: no trained policy, no reward model, or prompts that cannot be used.
+        InputError: no trained policy, no reward model where one is named, or prompts that cannot be used.
     """
     trained_policy(config)
-    check_scorers(config)
-    reward_folder = reward_model_folder(config) if config.serves_reward else None
+    scored = _anything_scores(config)
+    if scored:
+        check_scorers(config)
+    else:
+        log.info("there is no reward model in %s: the judge alone compares", config.run_dir / "reward")
+    reward_folder = reward_model_folder(config) if scored and config.serves_reward else None
     gold = VaderJudge().score
     prepared = prepare(config, config.prompts.eval_path)
     config = prepared.config
@@ -56,13 +63,15 @@ def run_evaluate(
         return sample_responses(prepared, folders, encoded, n, seed=config.seed + EVAL_SEED_OFFSET, progress=progress)
 
     with connected():
-        check_resources([need for need in worker_needs(config) if need.section != "learner"])
+        idle = {"learner"} if reward_folder is not None else {"learner", "serve"}
+        check_resources([need for need in worker_needs(config) if need.section not in idle])
         reference = RayReference.start(config, reference_options(config, prepared.model_folder))
-        with (
-            contextlib.closing(reference),
-            reward_handle(config, reward_folder, service) as handle,
-            contextlib.closing(RayScorers.start(config, handle)) as scorers,
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(reference))
+            handle = stack.enter_context(reward_handle(config, reward_folder, service))
+            scorers = None
+            if scored:
+                scorers = stack.enter_context(contextlib.closing(RayScorers.start(config, handle)))
             evaluation = evaluate(
                 config,
                 sample=sample,
@@ -72,10 +81,18 @@ def run_evaluate(
     return evaluation
 
 
+def _anything_scores(config: RunConfig) -> bool:
+    """False where the run's own reward model would score alone, and there is none: SFT and DPO need none."""
+    own = all(scorer.kind == "served" for scorer in config.scorers) and config.serve.model is None
+    return not own or (config.run_dir / "reward").exists()
+
+
 async def _measure(
-    scorers: RayScorers, reference: RayReference, rollouts: Sequence[Rollout]
-) -> tuple[list[Score], list[np.ndarray]]:
+    scorers: RayScorers | None, reference: RayReference, rollouts: Sequence[Rollout]
+) -> tuple[list[Score] | None, list[np.ndarray]]:
     """Both at once, as in the loop: their threads are allotted for that."""
+    if scorers is None:
+        return None, await _logprobs(reference, rollouts)
     return await asyncio.gather(_scores(scorers, rollouts), _logprobs(reference, rollouts))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from rlhf_ray.errors import DataError
 from rlhf_ray.metrics import write_json, write_summary
 from rlhf_ray.report.page import first_of_each_prompt, write_report
-from rlhf_ray.stages.evaluate import PairedSample
+from rlhf_ray.stages.evaluate import EvalRow, PairedSample, compare
 
 WriteRun = Callable[..., Path]
 
@@ -127,8 +129,53 @@ def test_a_reward_model_alone_makes_a_page_without_curves(tmp_path: Path) -> Non
     write_json(tmp_path / "reward" / "reward_report.json", {"accuracy": 0.71, "annotators": ["alice", "bob"]})
     page = Page(write_report(tmp_path))
     assert "Reward-model accuracy 71% on held-out pairs" in page.text
-    assert "No PPO step has been recorded yet" in page.text
+    assert "No training step has been recorded yet" in page.text
     assert "Lost · trained twice not there yet" in page.text
+    assert "Simulated labeller" not in page.text
+
+
+def dpo_run(run_dir: Path) -> Path:
+    """As `dpo` and `evaluate` leave it where there is no reward model."""
+    run_dir.mkdir()
+    steps = [{"step": step, "dpo_loss": 0.7 - step / 100, "dpo_accuracy": 0.5, "dpo_per_second": 2} for step in (3, 6)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    figures = {"accuracy": 0.8, "accuracy_low": 0.7, "accuracy_high": 0.87, "pairs": 90, "loss": 0.6, "steps": 6}
+    more = {"train_pairs": 48, "annotators": ["simulated:vader"]}
+    write_summary(run_dir, {"status": "finished", **{f"dpo_{key}": value for key, value in (figures | more).items()}})
+    answers = [
+        EvalRow(prompt="p", sample=0, response=text, tokens=2, truncated=False, gold=gold, score=None, kl=4 * gold)
+        for text, gold in (("so so", 0.0), ("a joy", 0.5))
+    ]
+    write_json(run_dir / "evaluation.json", asdict(compare(answers[:1], answers[1:])))
+    return run_dir
+
+
+def test_a_policy_by_dpo_has_its_own_figures_and_curves(tmp_path: Path) -> None:
+    page = Page(write_report(dpo_run(tmp_path / "direct")))
+    assert "direct finished 6 steps" in page.text
+    assert "Implicit-reward accuracy 80% 70% to 87% on 90 held-out pairs" in page.text
+    assert "DPO loss 0.600 nats a pair, mean of 6 steps on 48 pairs" in page.text
+    assert page.charts()["Loss"] == "Loss: DPO from 0.67 at step 3 to 0.64 at step 6"
+    assert "Accuracy in training" in page.charts()
+    assert "compared the responses that the policy learned from" in page.text
+    for of_ppo in ("PPO", "Not recorded in this run", "Samples per second", "Reward-model accuracy"):
+        assert of_ppo not in page.text
+
+
+def test_where_nothing_scores_the_judge_alone_stands_beside_the_responses(tmp_path: Path) -> None:
+    page = Page(write_report(dpo_run(tmp_path / "direct")))
+    assert "Gold score 0.00 → 0.50" in page.text
+    assert "Base gold 0.00 so so Trained gold 0.50 a joy" in page.text
+    assert "Score" not in page.text.replace("Gold score", "")
+
+
+def test_a_policy_by_sft_shows_what_it_learnt_on_held_out_responses(tmp_path: Path) -> None:
+    figures = {"steps": 4, "loss": 2.5, "responses": 32, "holdout_responses": 8, "annotators": []}
+    losses = {"holdout_loss_before": 3.25, "holdout_loss": 2.75}
+    write_summary(tmp_path, {f"sft_{key}": value for key, value in (figures | losses).items()})
+    page = Page(write_report(tmp_path))
+    assert "Loss on held-out responses 3.25 → 2.75 nats a token, 8 responses" in page.text
+    assert "SFT loss 2.500 nats a token, mean of 4 steps on 32 responses" in page.text
     assert "Simulated labeller" not in page.text
 
 

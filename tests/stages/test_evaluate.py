@@ -168,6 +168,22 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
     assert math.isclose(summary["kl_evaluation"], 3.0)
 
 
+def test_where_nothing_scores_the_judge_decides_alone(config: RunConfig) -> None:
+    policy = config.run_dir / "policy"
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    result = evaluate(
+        config,
+        sample=lambda models: [[rollout(0, "prompt", "bad" if m == "the/base" else "good")] for m in models],
+        gold=lambda text: float(text == "good"),
+        measure=lambda rollouts: (None, [np.array([-2.0, -4.0]) for _ in rollouts]),
+    )
+    assert (result.win_rate.value, result.trained.kl) == (1.0, 3.0)
+    assert (result.base.score, result.trained.score, result.score_gain) == (None, None, None)
+    assert (result.samples[0].base_score, result.samples[0].trained_score) == (None, None)
+    assert load_evaluation(config.run_dir) == result
+
+
 def test_evaluate_without_a_trained_policy_is_refused_before_sampling(config: RunConfig) -> None:
     def never(models: Sequence[str]) -> list[list[Rollout]]:
         pytest.fail(f"sampled {models}")
