@@ -31,14 +31,22 @@ from rlhf_ray.errors import ConfigError, InputError, RlhfRayError
 if TYPE_CHECKING:
     from rlhf_ray.report.console import Console
 
+_OF_POLICY = (
+    *("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
+    *("sft.rejects.jsonl", "sft.checkpoints", "dpo.rejects.jsonl", "dpo.checkpoints"),
+)
+"""A run has one policy, whoever trained it: what one of the three has left is in the way of the others."""
+
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "collect": ("completions.jsonl",),
     "judge": ("preferences.jsonl", "preferences.holdout.jsonl"),
     "reward": ("reward", "reward.rejects.jsonl", "reward.checkpoints"),
-    "ppo": ("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
+    "sft": _OF_POLICY,
+    "dpo": _OF_POLICY,
+    "ppo": _OF_POLICY,
 }
 """What a command leaves in the run's folder: its traces, and what --overwrite deletes."""
-DERIVED = {"ppo": ("summary.json", "evaluation.json", "report.html")}
+DERIVED = dict.fromkeys(("sft", "dpo", "ppo"), ("summary.json", "evaluation.json", "report.html"))
 """What describes those products and goes with them."""
 
 app = typer.Typer(
@@ -142,6 +150,55 @@ def reward(
             from rlhf_ray.demo import run_reward
 
             run_reward(run, console, resume=resume)
+
+
+@app.command(
+    epilog=_examples(
+        "rlhf-ray sft -c run.yaml",
+        "rlhf-ray sft -c run.yaml --set sft.data=answers.jsonl --set sft.lora_rank=16",
+        "rlhf-ray sft -c run.yaml --resume",
+    )
+)
+def sft(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train the policy to write given responses, by default the preferred ones: policy/, metrics.jsonl."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        _check_either(resume, overwrite)
+        with _claimed(run, "sft", overwrite=overwrite, resume=resume):
+            from rlhf_ray.demo import run_report, run_sft
+
+            run_sft(run, console, resume=resume)
+            run_report(run, console)
+
+
+@app.command(
+    epilog=_examples(
+        "rlhf-ray dpo -c run.yaml",
+        "rlhf-ray dpo -c run.yaml --set dpo.data=judgements.csv --set dpo.beta=0.2",
+        "rlhf-ray dpo -c run.yaml --set name=second --set model.path=runs/first/policy",
+        "rlhf-ray dpo -c run.yaml --resume",
+    )
+)
+def dpo(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train the policy on preferences.jsonl directly, without a reward model: policy/, metrics.jsonl."""
+    with _reported():
+        run, console = _begin(config, overrides)
+        _check_either(resume, overwrite)
+        with _claimed(run, "dpo", overwrite=overwrite, resume=resume):
+            from rlhf_ray.demo import run_dpo, run_report
+
+            run_dpo(run, console, resume=resume)
+            run_report(run, console)
 
 
 @app.command(
@@ -322,9 +379,12 @@ def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool
             raise ConfigError(
                 f"another rlhf-ray command is at work in {folder}; wait for it, or choose another with --set name=..."
             ) from error
-        used = [name for stage in stages for name in PRODUCTS[stage] if _holds_something(folder / name)]
+        products = dict.fromkeys(name for stage in stages for name in PRODUCTS[stage])
+        used = [name for name in products if _holds_something(folder / name)]
         if used and not (overwrite or resume):
-            resumable = stages in (("ppo",), ("reward",)) and "reward" not in used
+            resumable = stages == ("ppo",) or (
+                len(stages) == 1 and f"{stages[0]}.checkpoints" in used and not {"reward", "policy"} & set(used)
+            )
             ways = "--resume to go on, " if resumable else ""
             raise ConfigError(
                 f"{folder} already holds {', '.join(used)} of an earlier run; choose another folder with "
@@ -337,7 +397,7 @@ def _claimed(run: RunConfig, *stages: str, overwrite: bool = False, resume: bool
 @contextmanager
 def _set_aside(folder: Path, stages: Sequence[str]) -> Iterator[None]:
     """The stages' old products out of the way: back in place if the new input is refused, and else deleted."""
-    names = [name for stage in stages for name in (*PRODUCTS[stage], *DERIVED.get(stage, ()))]
+    names = dict.fromkeys(name for stage in stages for name in (*PRODUCTS[stage], *DERIVED.get(stage, ())))
     with tempfile.TemporaryDirectory(prefix=".replaced-", dir=folder) as aside:
         moved = [name for name in names if os.path.lexists(folder / name)]
         for name in moved:

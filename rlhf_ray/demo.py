@@ -1,4 +1,4 @@
-"""Every stage as a person sees it, and the demo: all of them one after the other.
+"""Every stage as a person sees it, and the demo: those that make a policy by PPO, one after the other.
 
 collect ─► judge ─► reward ─► serve ─► ppo ─► evaluate ─► report
 
@@ -19,7 +19,7 @@ from rlhf_ray.metrics import read_summary, write_summary
 from rlhf_ray.pipeline.summary import RunSummary
 from rlhf_ray.report.console import Console
 from rlhf_ray.roles.judge import VaderJudge
-from rlhf_ray.stages import collect, evaluate_run, judge, ppo, report, reward, serve
+from rlhf_ray.stages import collect, dpo, evaluate_run, judge, ppo, report, reward, serve, sft
 from rlhf_ray.stages.prepare import check_scorers, prepare
 from rlhf_ray.stages.serve import ServedReward
 
@@ -96,6 +96,26 @@ def run_reward(config: RunConfig, console: Console, *, resume: bool = False) -> 
             done = reward.train_reward(
                 config, lambda seen: progress(int(seen["step"]), int(seen["steps"])), resume=resume
             )
+        interval = f"{done.accuracy_low:.2f} to {done.accuracy_high:.2f}"
+        stage.outcome = f"accuracy {done.accuracy:.2f} ({interval}) on {done.pairs} held-out pairs"
+
+
+def run_sft(config: RunConfig, console: Console, *, resume: bool = False) -> None:
+    """Teach the policy given responses."""
+    with console.stage("sft", "training the policy on given responses") as stage:
+        with console.progress("optimiser steps") as progress:
+            done = sft.train_sft(config, lambda seen: progress(int(seen["step"]), int(seen["steps"])), resume=resume)
+        stage.outcome = (
+            f"loss on {done.holdout_responses} held-out responses {done.holdout_loss_before:.2f} to "
+            f"{done.holdout_loss:.2f} nats a token"
+        )
+
+
+def run_dpo(config: RunConfig, console: Console, *, resume: bool = False) -> None:
+    """Teach the policy preferences."""
+    with console.stage("dpo", "training the policy on the preferences") as stage:
+        with console.progress("optimiser steps") as progress:
+            done = dpo.train_dpo(config, lambda seen: progress(int(seen["step"]), int(seen["steps"])), resume=resume)
         interval = f"{done.accuracy_low:.2f} to {done.accuracy_high:.2f}"
         stage.outcome = f"accuracy {done.accuracy:.2f} ({interval}) on {done.pairs} held-out pairs"
 

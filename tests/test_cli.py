@@ -19,7 +19,7 @@ from rlhf_ray.cli import PRODUCTS, app
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ModelError, ParityError
 
-COMMANDS = ("demo", "collect", "judge", "reward", "serve", "ppo", "evaluate", "report")
+COMMANDS = ("demo", "collect", "judge", "reward", "serve", "sft", "dpo", "ppo", "evaluate", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ def test_overwrite_keeps_what_the_summary_says_of_the_reward_model(
     assert json.loads((run_dir / "summary.json").read_text()) == {"reward_accuracy": 0.75}
 
 
-@pytest.mark.parametrize("command", ["collect", "reward", "ppo"])
+@pytest.mark.parametrize("command", ["collect", "reward", "sft", "dpo", "ppo"])
 def test_overwrite_loses_nothing_when_the_new_input_is_refused(
     config_file: Path, run_dir: Path, tmp_path: Path, command: str
 ) -> None:
@@ -258,7 +258,38 @@ def test_a_reward_model_s_training_is_resumed_in_a_folder_with_its_checkpoints(
     assert [call["resume"] for call in calls] == [True]
 
 
-@pytest.mark.parametrize("command", ["ppo", "reward"])
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_policy_of_another_trainer_is_in_the_way_and_goes_with_all_that_describes_it(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path, command: str
+) -> None:
+    calls = stand_in("rlhf_ray.demo", f"run_{command}")
+    (run_dir / "policy").mkdir()
+    (run_dir / "policy" / "config.json").write_text("{}")
+    for name in ("metrics.jsonl", "evaluation.json", "preferences.jsonl"):
+        (run_dir / name).write_text("x")
+    refused = run(command, "-c", config_file)
+    assert refused.exit_code == 2
+    assert "already holds metrics.jsonl, policy of an earlier run" in refused.stderr
+    assert "--resume" not in refused.stderr
+    assert run(command, "-c", config_file, "--overwrite").exit_code == 0
+    assert {path.name for path in run_dir.iterdir()} == {"preferences.jsonl", ".lock"}
+    assert [call["resume"] for call in calls] == [False]
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_policy_s_training_is_resumed_in_a_folder_with_its_checkpoints(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path, command: str
+) -> None:
+    calls = stand_in("rlhf_ray.demo", f"run_{command}")
+    (run_dir / f"{command}.checkpoints" / "step-000500").mkdir(parents=True)
+    refused = run(command, "-c", config_file)
+    assert refused.exit_code == 2
+    assert "--resume to go on, or --overwrite to delete it" in refused.stderr
+    assert run(command, "-c", config_file, "--resume").exit_code == 0
+    assert [call["resume"] for call in calls] == [True]
+
+
+@pytest.mark.parametrize("command", ["ppo", "reward", "sft", "dpo"])
 def test_resume_and_overwrite_together_make_no_sense(config_file: Path, command: str) -> None:
     result = run(command, "-c", config_file, "--resume", "--overwrite")
     assert result.exit_code == 2
@@ -347,6 +378,7 @@ assert not {heavy} & sys.modules.keys(), {heavy} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_products_of_two_commands_never_overlap() -> None:
-    names = [name for products in PRODUCTS.values() for name in products]
+def test_only_the_commands_that_train_a_policy_share_their_products() -> None:
+    assert PRODUCTS["sft"] == PRODUCTS["dpo"] == PRODUCTS["ppo"], "a run has one policy"
+    names = [name for stage, products in PRODUCTS.items() if stage not in ("sft", "dpo") for name in products]
     assert len(names) == len(set(names))
