@@ -21,6 +21,9 @@ from rlhf_ray.report.step_table import StepTable, duration
 PLAIN_PROGRESS_LINES = 10
 """Lines that a whole piece of work is worth away from a terminal."""
 
+PLAIN_PROGRESS_SECONDS = 30.0
+"""Without a line for so long, the next progress is one."""
+
 
 @dataclass(slots=True)
 class Stage:
@@ -101,14 +104,15 @@ class Console:
 class _PlainProgress:
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._what, self._said = console, what, 0
+        self._said_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         reached = done * PLAIN_PROGRESS_LINES // max(total, 1)
         if reached < self._said:  # the same work begins anew, for the next model
             self._said = 0
-        if reached > self._said:
-            self._said = reached
-            self._console.say(f"      {self._what}: {done} of {total} ({done / total:.0%})")
+        if reached > self._said or time.monotonic() - self._said_at >= PLAIN_PROGRESS_SECONDS:
+            self._said, self._said_at = reached, time.monotonic()
+            self._console.say(f"      {self._what}: {done} of {total} ({done / max(total, 1):.0%})")
 
 
 class _ConsoleHandler(logging.Handler):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console as RichConsole
@@ -78,6 +79,18 @@ def test_progress_away_from_a_terminal_is_a_line_for_each_tenth(plain: Screen) -
         for done in range(1, 201):
             progress(done, 200)
     assert plain.lines == [f"      responses: {n} of 200 ({n // 2}%)" for n in range(20, 201, 20)]
+
+
+def test_slow_progress_away_from_a_terminal_is_a_line_at_least_every_half_minute(
+    plain: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("rlhf_ray.report.console.time", clock)
+    with plain.console.progress("steps") as progress:
+        for done in range(1, 16):
+            clock.now += 13
+            progress(done, 100)
+    assert [int(line.split()[1]) for line in plain.lines] == [3, 6, 9, 10, 13]
 
 
 def test_progress_that_begins_anew_is_told_anew(plain: Screen) -> None:

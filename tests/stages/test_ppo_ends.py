@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import ParityError
-from rlhf_ray.metrics import read_summary
-from rlhf_ray.stages.ppo import _status_kept, _stop_on_ctrl_c
+from rlhf_ray.metrics import read_summary, status_kept
+from rlhf_ray.stages.ppo import _stop_on_ctrl_c
 
 
 class Stoppable:
@@ -25,9 +25,9 @@ class Stoppable:
 
 
 def test_the_summary_says_how_a_run_ended(tmp_path: Path) -> None:
-    with _status_kept(tmp_path):
+    with status_kept(tmp_path):
         assert read_summary(tmp_path) == {"status": "running", "cause": None}
-    with pytest.raises(ParityError), _status_kept(tmp_path):
+    with pytest.raises(ParityError), status_kept(tmp_path):
         raise ParityError("they differ")
     assert read_summary(tmp_path) == {"status": "failed", "cause": "ParityError: they differ"}
 
