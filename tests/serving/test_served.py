@@ -167,7 +167,7 @@ async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, 
     assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
     # These calls the replica had taken when it died; what waited at the caller goes to the next one without a word.
     died_with_it = [error for error in handle.failures if isinstance(error, ActorDiedError)]
-    assert len(died_with_it) > 20
+    assert died_with_it
 
 
 async def wait_for_replicas(name: str, count: int) -> None:
