@@ -69,7 +69,6 @@ def test_two_workers_train_the_policy_that_one_does(tmp_path: Path, tiny_model_d
         trained[workers] = train_on_ray(job, progress[workers].append)
     for alone, shared in zip(progress[1], progress[2], strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-        assert shared["accuracy"] == pytest.approx(alone["accuracy"], abs=1e-6)
     assert progress[1][-1]["loss"] < progress[1][0]["loss"]
     assert (trained[1].steps, trained[2].steps) == (12, 12)
     for alone, shared in zip(trained[1].rewards, trained[2].rewards, strict=True):
