@@ -68,6 +68,11 @@ def train_on_ray(job: RewardJob, on_progress: Callable[[Mapping[str, float]], No
 
 def _work(job: RewardJob, worker: Worker) -> dict[str, Any] | None:
     """The first worker saves, scores, and returns the fields of a ``TrainedReward``."""
+    if not job.folder.is_dir():  # not its parent: Ray Train makes that itself, on a node that does not share it too
+        raise ConfigError(
+            f"{job.folder.parent.parent} is not to be seen from a worker's node: "
+            "set output_dir to a folder that all nodes share"
+        )
     from rlhf_ray.models.loading import load_tokenizer, quiet, resolve_device, resolve_precision, return_freed_memory
     from rlhf_ray.roles.reward_trainer import fit_reward_model, new_reward_model
     from rlhf_ray.roles.scorer import RewardScorer

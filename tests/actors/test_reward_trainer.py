@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -114,8 +113,8 @@ def test_a_loss_that_is_no_number_ends_both_workers(tmp_path: Path, tiny_model_d
 
 
 def test_a_folder_that_the_workers_do_not_see_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
-    job = a_job(tmp_path / "elsewhere", tiny_model_dir)
-    shutil.rmtree(job.folder.parent)
+    job = a_job(tmp_path, tiny_model_dir)
+    job.folder.rmdir()
     with pytest.raises(ConfigError, match="set output_dir to a folder that all nodes share"):
         train_on_ray(job)
 
