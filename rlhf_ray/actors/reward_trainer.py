@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_ray.actors.train_workers import Worker, run_workers
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.preferences import TokenPair
+from rlhf_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
