@@ -29,6 +29,8 @@ from rlhf_ray.models.loading import quiet
 from rlhf_ray.roles.trainer_checkpoints import KeepCheckpoints
 
 _PROGRESS_NOTICES = 50
+_PROGRESS_SECONDS = 30.0
+"""Without a notice for so long, one comes at the end of the step."""
 
 Progress = Callable[[Mapping[str, float]], None]
 """Called with step, steps, loss and accuracy (on the rows since the last call), per_second (rows) and eta_seconds."""
@@ -186,6 +188,15 @@ class LengthOrder(Sampler[int], TrainerCallback):
         return iter(order)
 
 
+def _as_the_first_worker(mine: bool, device: torch.device) -> bool:
+    """What the first worker says: the mean loss of a notice is gathered from all, so all must give one or none."""
+    if not torch.distributed.is_initialized():
+        return mine
+    said = torch.tensor([int(mine)], device=device)
+    torch.distributed.broadcast(said, src=0)
+    return bool(said.item())
+
+
 class ProgressCallback(TrainerCallback):
     """Turns the trainer's logs into ``Progress`` calls, and a loss that is no number into an end."""
 
@@ -197,18 +208,19 @@ class ProgressCallback(TrainerCallback):
         self._model = model
         self._accuracy = accuracy
         self._on_progress = on_progress
-        self._began = 0.0
+        self._began = self._told = 0.0
         self._first_step = 0
         self._first_row = 0.0
         self.per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
         self._first_step, self._first_row = state.global_step, self._rows_seen(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_evaluate or state.global_step >= state.max_steps:
-            control.should_log = True  # each may be the last step
+        silent = _as_the_first_worker(time.monotonic() - self._told >= _PROGRESS_SECONDS, args.device)
+        if silent or control.should_evaluate or state.global_step >= state.max_steps:
+            control.should_log = True  # a look or the end: each may be the last step
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
@@ -220,7 +232,8 @@ class ProgressCallback(TrainerCallback):
                 f"{self._model}'s loss became {logs['loss']} at step {state.global_step}; "
                 f"lower {self._section.section}.lr"
             )
-        elapsed = time.monotonic() - self._began
+        self._told = time.monotonic()
+        elapsed = self._told - self._began
         self.per_second = (self._rows_seen(state) - self._first_row) / elapsed
         progress = {
             "step": float(state.global_step),

@@ -6,10 +6,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 from rlhf_ray.config import RewardConfig
 from rlhf_ray.data.preferences import TokenPair
@@ -136,6 +138,27 @@ def test_the_trainer_sees_exactly_the_token_ids_it_is_given(
         model, tokenizer, pairs, section, seed=0, device=CPU, dtype=torch.float32, scratch=tmp_path / "scratch"
     )
     assert sorted(seen) == sorted(given)
+
+
+@pytest.mark.parametrize(("seconds", "noticed"), [(1, range(2, 11, 2)), (31, range(1, 11))])
+def test_progress_comes_every_so_many_steps_and_after_half_a_minute_without_any(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, noticed: range
+) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("rlhf_ray.roles.trl_training.time", clock)
+    monkeypatch.setattr("rlhf_ray.roles.trl_training._PROGRESS_NOTICES", 5)
+    forward = LlamaForSequenceClassification.forward
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        clock.now += seconds
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", slow)
+    section = a_section(epochs=2, batch_size=2, save_steps=0)
+    _, came, progress = fitted(tmp_path, tiny_model_dir, section, pairs_with_a_rule(10, seed=0))
+    assert [seen["step"] for seen in progress] == list(noticed)
+    assert [seen["eta_seconds"] for seen in progress] == [(10 - step) * seconds for step in noticed]
+    assert came.loss == pytest.approx(sum(seen["loss"] for seen in progress) / len(progress), abs=1e-3)
 
 
 def test_a_new_reward_model_scores_zero_and_pads_with_anything_but_eos(tiny_model_dir: Path) -> None:
