@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rlhf_ray.actors.train_workers import OnProgress, Worker, run_workers
-from rlhf_ray.config import RunConfig
+from rlhf_ray.actors.train_workers import Job, OnProgress, Worker, policy_reader, run_workers
 from rlhf_ray.data.preferences import TokenPair
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DPOJob:
-    """What the workers are to do."""
+class DPOJob(Job):
+    """What the workers are to do. The model that training starts from is the reference too."""
 
-    config: RunConfig
-    """With every "auto" resolved."""
-    model_folder: str
-    """Of the model that training starts from, which is the reference too."""
     train: Sequence[TokenPair]
     holdout: Sequence[TokenPair]
     """What the implicit reward is tested on."""
-    folder: Path
-    """Empty; the policy goes there. What lies beside it is thrown away afterwards."""
-    checkpoints: Path
-    identity: Mapping[str, Any]
-    """What a run that goes on from these checkpoints must share with this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +43,9 @@ def train_on_ray(job: DPOJob, on_progress: OnProgress | None = None) -> TrainedD
         WorkerDiedError: a worker's process ended.
     """
     found = run_workers(
-        partial(_work, job),
+        _work,
+        job,
         section=job.config.dpo,
-        scratch=job.folder.parent,
         model="the policy",
         on_progress=on_progress,
     )
@@ -66,8 +54,6 @@ def train_on_ray(job: DPOJob, on_progress: OnProgress | None = None) -> TrainedD
 
 def _work(job: DPOJob, worker: Worker) -> dict[str, Any] | None:
     """The first worker saves, tests, and returns the fields of a ``TrainedDPO``."""
-    import torch
-
     from rlhf_ray.models.loading import (
         load_policy_model,
         load_tokenizer,
@@ -76,19 +62,11 @@ def _work(job: DPOJob, worker: Worker) -> dict[str, Any] | None:
         return_freed_memory,
     )
     from rlhf_ray.roles.dpo_trainer import fit_dpo, implicit_rewards, pair_logprobs, shared_pair_logprobs
-    from rlhf_ray.roles.reference import ReferenceModel
     from rlhf_ray.roles.trl_training import save_policy
 
     config, section, trust = job.config, job.config.dpo, job.config.model.trust_remote_code
     device = resolve_device(config.device, section.num_gpus)
-    reader = partial(
-        ReferenceModel,
-        device=device.type,
-        precision=section.precision,
-        max_batch_tokens=config.reference.max_batch_tokens,
-        threads=torch.get_num_threads(),
-        trust_remote_code=trust,
-    )
+    reader = policy_reader(job, section)
     reference = reader(job.model_folder)
     of_train = shared_pair_logprobs(reference, job.train, worker.on_progress)
     of_holdout = pair_logprobs(reference, job.holdout) if worker.first else []
@@ -105,7 +83,7 @@ def _work(job: DPOJob, worker: Worker) -> dict[str, Any] | None:
         seed=config.seed,
         device=device,
         dtype=resolve_precision(section.precision, device),
-        scratch=job.folder.parent / "trainer",
+        scratch=job.scratch / "trainer",
         checkpoints=job.checkpoints,
         identity=job.identity,
         on_progress=worker.on_progress,

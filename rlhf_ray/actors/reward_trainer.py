@@ -4,34 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.actors.train_workers import Worker, run_workers
-from rlhf_ray.config import RunConfig
+from rlhf_ray.actors.train_workers import Job, Worker, run_workers
 from rlhf_ray.data.preferences import TokenPair
-from rlhf_ray.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardJob:
+class RewardJob(Job):
     """What the workers are to do."""
 
-    config: RunConfig
-    """With every "auto" resolved."""
-    model_folder: str
-    """Of the model whose backbone is trained."""
     train: Sequence[TokenPair]
     validation: Sequence[TokenPair]
     """Decide when to end and which weights to keep; may be empty."""
     score: Sequence[Sequence[Sequence[int]]]
     """Groups of sequences that the saved model scores, each group apart."""
-    folder: Path
-    """Empty; the model and its tokenizer go there. What lies beside it is thrown away afterwards."""
-    checkpoints: Path
-    identity: Mapping[str, Any]
-    """What a run that goes on from these checkpoints must share with this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +46,9 @@ def train_on_ray(job: RewardJob, on_progress: Callable[[Mapping[str, float]], No
         WorkerDiedError: a worker's process ended.
     """
     found = run_workers(
-        partial(_work, job),
+        _work,
+        job,
         section=job.config.reward,
-        scratch=job.folder.parent,
         model="the reward model",
         on_progress=on_progress,
     )
@@ -69,11 +57,6 @@ def train_on_ray(job: RewardJob, on_progress: Callable[[Mapping[str, float]], No
 
 def _work(job: RewardJob, worker: Worker) -> dict[str, Any] | None:
     """The first worker saves, scores, and returns the fields of a ``TrainedReward``."""
-    if not job.folder.is_dir():  # not its parent: Ray Train makes that itself, on a node that does not share it too
-        raise ConfigError(
-            f"{job.folder.parent.parent} is not to be seen from a worker's node: "
-            "set output_dir to a folder that all nodes share"
-        )
     from rlhf_ray.models.loading import load_tokenizer, quiet, resolve_device, resolve_precision, return_freed_memory
     from rlhf_ray.roles.reward_trainer import fit_reward_model, new_reward_model
     from rlhf_ray.roles.scorer import RewardScorer
@@ -97,7 +80,7 @@ def _work(job: RewardJob, worker: Worker) -> dict[str, Any] | None:
         seed=config.seed,
         device=device,
         dtype=resolve_precision(section.precision, device),
-        scratch=job.folder.parent / "trainer",
+        scratch=job.scratch / "trainer",
         validation=job.validation,
         checkpoints=job.checkpoints,
         identity=job.identity,

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rlhf_ray.actors.train_workers import OnProgress, Worker, run_workers
-from rlhf_ray.config import RunConfig
+from rlhf_ray.actors.train_workers import Job, OnProgress, Worker, policy_reader, run_workers
 from rlhf_ray.data.demonstrations import TokenDemonstration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SFTJob:
+class SFTJob(Job):
     """What the workers are to do."""
 
-    config: RunConfig
-    """With every "auto" resolved."""
-    model_folder: str
-    """Of the model that training starts from."""
     train: Sequence[TokenDemonstration]
     holdout: Sequence[TokenDemonstration]
     """What the policy is tested on, before and after."""
-    folder: Path
-    """Empty; the policy goes there. What lies beside it is thrown away afterwards."""
-    checkpoints: Path
-    identity: Mapping[str, Any]
-    """What a run that goes on from these checkpoints must share with this one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +43,9 @@ def train_on_ray(job: SFTJob, on_progress: OnProgress | None = None) -> TrainedS
         WorkerDiedError: a worker's process ended.
     """
     found = run_workers(
-        partial(_work, job),
+        _work,
+        job,
         section=job.config.sft,
-        scratch=job.folder.parent,
         model="the policy",
         on_progress=on_progress,
     )
@@ -66,8 +54,6 @@ def train_on_ray(job: SFTJob, on_progress: OnProgress | None = None) -> TrainedS
 
 def _work(job: SFTJob, worker: Worker) -> dict[str, Any] | None:
     """The first worker tests, saves, and returns the fields of a ``TrainedSFT``."""
-    import torch
-
     from rlhf_ray.models.loading import (
         load_policy_model,
         load_tokenizer,
@@ -75,20 +61,12 @@ def _work(job: SFTJob, worker: Worker) -> dict[str, Any] | None:
         resolve_precision,
         return_freed_memory,
     )
-    from rlhf_ray.roles.reference import ReferenceModel
     from rlhf_ray.roles.sft_trainer import fit_sft, response_loss
     from rlhf_ray.roles.trl_training import save_policy
 
     config, section, trust = job.config, job.config.sft, job.config.model.trust_remote_code
     device = resolve_device(config.device, section.num_gpus)
-    reader = partial(
-        ReferenceModel,
-        device=device.type,
-        precision=section.precision,
-        max_batch_tokens=config.reference.max_batch_tokens,
-        threads=torch.get_num_threads(),
-        trust_remote_code=trust,
-    )
+    reader = policy_reader(job, section)
     before = response_loss(reader(job.model_folder), job.holdout) if worker.first else 0.0
     return_freed_memory()
     tokenizer = load_tokenizer(job.model_folder, need_chat_template=False, trust_remote_code=trust)
@@ -101,7 +79,7 @@ def _work(job: SFTJob, worker: Worker) -> dict[str, Any] | None:
         seed=config.seed,
         device=device,
         dtype=resolve_precision(section.precision, device),
-        scratch=job.folder.parent / "trainer",
+        scratch=job.scratch / "trainer",
         checkpoints=job.checkpoints,
         identity=job.identity,
         on_progress=worker.on_progress,

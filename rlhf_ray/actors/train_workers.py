@@ -1,8 +1,8 @@
 """Ray Train's edge: a work function runs in N workers, which share one ``torch.distributed`` group.
 
-    driver ── work ──► TorchTrainer ──► N workers (gloo or NCCL), each with a Worker that says who it is
-      ▲                                   work(Worker) in all of them; what the first one's returns comes back
-      └─── progress.jsonl, the result ◄───┘   in the scratch folder, which they all see
+    driver ── work, Job ──► TorchTrainer ──► N workers (gloo or NCCL), each with a Worker that says who it is
+      ▲                                        work(job, worker) in all of them; what the first one's returns comes back
+      └─── progress.jsonl, the result ◄────────┘   in the job's scratch folder, which they all see
 
 Progress is a file and not ``ray.train.report``: a report holds every worker up until Ray Train's controller has asked
 for it, and the controller is another process again.
@@ -22,15 +22,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray.train
 import ray.train.torch
 from ray.train.torch import TorchTrainer
 
 from rlhf_ray.cluster import DEATHS, WAIT_NOTICE_SECONDS, shortage, worker_env
-from rlhf_ray.config import TrainerConfig
+from rlhf_ray.config import RunConfig, TrainerConfig
 from rlhf_ray.errors import ConfigError, RlhfRayError, WorkerDiedError
+
+if TYPE_CHECKING:
+    from rlhf_ray.roles.reference import ReferenceModel
 
 log = logging.getLogger("rlhf_ray.train")
 
@@ -44,6 +47,26 @@ OnProgress = Callable[[Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What every training's workers are told; each training adds its data."""
+
+    config: RunConfig
+    """With every "auto" resolved."""
+    model_folder: str
+    """Of the model that training starts from."""
+    folder: Path
+    """Empty; what is trained goes there. What lies beside it is thrown away afterwards."""
+    checkpoints: Path
+    identity: Mapping[str, Any]
+    """What a run that goes on from these checkpoints must share with this one."""
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that the driver made in the run's folder, and throws away afterwards."""
+        return self.folder.parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
     """What a work function is told of the process that it runs in."""
 
@@ -53,18 +76,22 @@ class Worker:
     """Reaches the driver; None in all but the first."""
 
 
-Work = Callable[[Worker], Mapping[str, Any] | None]
-"""Runs in every worker, where CPU threads and the GPU are set; what the first one returns is the result."""
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def run_workers(
-    work: Work, *, section: TrainerConfig, scratch: Path, model: str, on_progress: OnProgress | None = None
+    work: Callable[[AnyJob, Worker], Mapping[str, Any] | None],
+    job: AnyJob,
+    *,
+    section: TrainerConfig,
+    model: str,
+    on_progress: OnProgress | None = None,
 ) -> Mapping[str, Any]:
     """Run ``work`` in Ray processes of the cluster that this process is connected to; returns when they are gone.
 
     Args:
+        work: runs in every worker, where CPU threads and the GPU are set; what the first one returns is the result.
         section: how many workers, and what each reserves.
-        scratch: a folder that this process made in the run's folder, and throws away afterwards.
         model: what is trained, as messages call it: "the reward model".
         on_progress: called from another thread with what the first worker's was called with.
 
@@ -76,19 +103,19 @@ def run_workers(
     resources = {"CPU": section.num_cpus} | ({"GPU": section.num_gpus} if section.num_gpus else {})
     trainer = TorchTrainer(
         # Closed over, not its configuration: that is sent to Ray Train's own processes too.
-        lambda: _in_worker(work, section=section, scratch=scratch),
+        lambda: _in_worker(work, job, section),
         scaling_config=ray.train.ScalingConfig(
             num_workers=section.num_workers, use_gpu=section.num_gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=section.section,
-            storage_path=str(scratch / "ray_train"),
+            storage_path=str(job.scratch / "ray_train"),
             failure_config=ray.train.FailureConfig(controller_failure_limit=START_TRIES),
             worker_runtime_env={"env_vars": worker_env(section.threads)},
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _followed(scratch / _PROGRESS_FILE, on_progress, model), _plain_ctrl_c():
+    with _followed(job.scratch / _PROGRESS_FILE, on_progress, model), _plain_ctrl_c():
         try:
             result: Mapping[str, Any] = trainer.fit().return_value
             return result
@@ -98,15 +125,18 @@ def run_workers(
             raise cause from error
 
 
-def _in_worker(work: Work, *, section: TrainerConfig, scratch: Path) -> Mapping[str, Any] | None:
+def _in_worker(
+    work: Callable[[AnyJob, Worker], Mapping[str, Any] | None], job: AnyJob, section: TrainerConfig
+) -> Mapping[str, Any] | None:
     """The training libraries take seconds to import: neither the driver nor Ray Train's own processes need them."""
     import torch
 
     from rlhf_ray.models.loading import set_threads
 
-    if not scratch.is_dir():
+    if not job.folder.is_dir():  # not the scratch folder: Ray Train makes that anew on a node that does not share it
         raise ConfigError(
-            f"{scratch.parent} is not to be seen from a worker's node: set output_dir to a folder that all nodes share"
+            f"{job.config.run_dir} is not to be seen from a worker's node: "
+            "set output_dir to a folder that all nodes share"
         )
     context = ray.train.get_context()
     if context.get_world_size() == 1:
@@ -115,10 +145,27 @@ def _in_worker(work: Work, *, section: TrainerConfig, scratch: Path) -> Mapping[
         torch.cuda.set_device(ray.train.torch.get_device())  # the one that "cuda" means from here on
     set_threads(section.threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     if context.get_world_rank():
-        return work(Worker(first=False, on_progress=None))
-    progress = scratch / _PROGRESS_FILE
+        return work(job, Worker(first=False, on_progress=None))
+    progress = job.scratch / _PROGRESS_FILE
     progress.touch()
-    return work(Worker(first=True, on_progress=partial(_append, progress)))
+    return work(job, Worker(first=True, on_progress=partial(_append, progress)))
+
+
+def policy_reader(job: Job, section: TrainerConfig) -> Callable[[str | Path], ReferenceModel]:
+    """Opens a policy's folder for reading log-probabilities, as a worker of the section computes. In workers only."""
+    import torch
+
+    from rlhf_ray.models.loading import resolve_device
+    from rlhf_ray.roles.reference import ReferenceModel
+
+    return partial(
+        ReferenceModel,
+        device=resolve_device(job.config.device, section.num_gpus).type,
+        precision=section.precision,
+        max_batch_tokens=job.config.reference.max_batch_tokens,
+        threads=torch.get_num_threads(),
+        trust_remote_code=job.config.model.trust_remote_code,
+    )
 
 
 def _append(path: Path, seen: Mapping[str, float]) -> None:
