@@ -56,6 +56,11 @@ def pack(trunk: Any) -> bool:
     return packs
 
 
+def is_packed(trunk: Any) -> bool:
+    """Whether ``pack`` has set it up: it then reads one row at a time, and no padding."""
+    return bool(trunk.config._attn_implementation == _ATTENTION)
+
+
 def pack_classifier(model: Any) -> bool:
     """As ``pack``, for ``packed_logits`` of a sequence classifier, which must be a trunk and a linear head."""
     return isinstance(model, GenericForSequenceClassification) and pack(model.base_model)

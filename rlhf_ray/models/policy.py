@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ModelError
-from rlhf_ray.models.packing import pack, packed_hidden
+from rlhf_ray.models.packing import is_packed, pack, packed_hidden
 from rlhf_ray.models.value import ValueHead
 
 _LOGITS_PER_CHUNK = 2**24
@@ -58,8 +58,9 @@ class PolicyModel(nn.Module):
         self.critic = critic
         self.value_head = ValueHead((critic or language_model).config.get_text_config().hidden_size)
         _check_head(language_model)
-        trunks = [language_model.base_model] if critic is None else [language_model.base_model, critic]
-        self._packed = {id(trunk) for trunk in trunks if packed and pack(trunk)}
+        for trunk in (language_model.base_model, critic):
+            if packed and trunk is not None:
+                pack(trunk)
 
     def forward(
         self,
@@ -115,7 +116,7 @@ class PolicyModel(nn.Module):
 
         The last token of a row predicts nothing that is asked for, so the trunk does not read it.
         """
-        if id(trunk) not in self._packed:
+        if not is_packed(trunk):
             hidden: Tensor = trunk(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
             return hidden[rows, columns]
         lengths = lengths - 1
