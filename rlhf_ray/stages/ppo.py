@@ -142,9 +142,10 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
     if folder is None:
         raise ConfigError(f"--resume: there is no whole checkpoint in {root}; run without --resume to start afresh")
     _, state = checkpoint.load_checkpoint(folder / "pipeline")
-    changed = [key for key, value in _identity(config).items() if state["identity"][key] != value]
+    then = state["identity"]
+    changed = [key for key, value in _identity(config).items() if then.get(key) != value]
     if changed:
-        was = ", ".join(f"{key} = {state['identity'][key]}" for key in changed)
+        was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
         raise ConfigError(f"--resume: {folder} was written with {was}; give the same, or start a run of another name")
     if state["step"] >= config.ppo.steps:
         raise ConfigError(

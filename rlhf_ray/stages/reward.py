@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlhf_ray.actors.reward_trainer import RewardJob, train_on_ray
+from rlhf_ray.actors.reward_trainer import RewardJob, TrainedReward, train_on_ray
 from rlhf_ray.cluster import check_resources, connected, trainer_need
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
 from rlhf_ray.data.preferences import TokenPair, split_by_prompt
@@ -122,33 +122,7 @@ def train_reward(
             check_resources([trainer_need(config.reward)])
             log.info("training the reward model on %d pairs (%s)", len(pairs), config.reward.precision)
             trained = train_on_ray(job, on_progress)
-        normalisation = _normalisation(trained.scores[0])
-        normalisation.save(temporary)
-        RewardSettings(prompt_format=config.prompts.format).save(temporary)
-        scored, order_agreement = _scored(holdout, *trained.scores[1:])
-        found = quality(scored)
-        report = RewardReport(
-            accuracy=found.accuracy.value,
-            accuracy_low=found.accuracy.low,
-            accuracy_high=found.accuracy.high,
-            log_loss=found.log_loss,
-            pairs=found.accuracy.pairs,
-            quality=found,
-            order_agreement=order_agreement,
-            train_pairs=len(train),
-            train_loss=trained.loss,
-            train_steps=trained.steps,
-            validation_loss=trained.validation_loss,
-            score_mean=normalisation.mean,
-            score_std=normalisation.std,
-            seconds=time.monotonic() - began,
-            pairs_per_second=trained.per_second,
-            annotators=tuple(sorted({c.preference.annotator for c in train if c.preference.annotator})),
-            version=model_version(temporary),
-            folder=str(folder),
-        )
-        (temporary / QUALITY_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        write_model_card(temporary, config, asdict(report))
+        report = _finish(config, temporary, trained, train=train, holdout=holdout, seconds=time.monotonic() - began)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
@@ -166,6 +140,46 @@ def train_reward(
         "reward model %s: accuracy %.3f (%.3f to %.3f) on %d held-out pairs, trained on %d",
         *(report.version, report.accuracy, report.accuracy_low, report.accuracy_high, report.pairs, report.train_pairs),
     )
+    return report
+
+
+def _finish(
+    config: RunConfig,
+    folder: Path,
+    trained: TrainedReward,
+    *,
+    train: Sequence[Comparison],
+    holdout: Sequence[Comparison],
+    seconds: float,
+) -> RewardReport:
+    """What the model's folder has beside its weights: normalisation, settings, quality report and card."""
+    normalisation = _normalisation(trained.scores[0])
+    normalisation.save(folder)
+    RewardSettings(prompt_format=config.prompts.format).save(folder)
+    scored, order_agreement = _scored(holdout, *trained.scores[1:])
+    found = quality(scored)
+    report = RewardReport(
+        accuracy=found.accuracy.value,
+        accuracy_low=found.accuracy.low,
+        accuracy_high=found.accuracy.high,
+        log_loss=found.log_loss,
+        pairs=found.accuracy.pairs,
+        quality=found,
+        order_agreement=order_agreement,
+        train_pairs=len(train),
+        train_loss=trained.loss,
+        train_steps=trained.steps,
+        validation_loss=trained.validation_loss,
+        score_mean=normalisation.mean,
+        score_std=normalisation.std,
+        seconds=seconds,
+        pairs_per_second=trained.per_second,
+        annotators=tuple(sorted({c.preference.annotator for c in train if c.preference.annotator})),
+        version=model_version(folder),
+        folder=str(config.run_dir / folder.name),
+    )
+    (folder / QUALITY_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_model_card(folder, config, asdict(report))
     return report
 
 
