@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: write under a temporary name, fsync, rename, then the marker.
 
     step-000010/             a checkpoint of a run: folders that each have their own marker, then its own marker
-      learner/               tensors.safetensors, state.json, COMPLETE
+      learner/               a folder of each rank: tensors.safetensors, state.json, COMPLETE; its own COMPLETE
       pipeline/              state.json, COMPLETE
       COMPLETE               written last
 
@@ -54,9 +54,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: no marker, or a file that is not the one that was marked.
     """
     check_complete(folder)
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     tensors = load_file(folder / TENSORS_FILE) if (folder / TENSORS_FILE).is_file() else {}
-    return tensors, state
+    return tensors, load_state(folder)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state alone, of a checkpoint that has been checked."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return state
 
 
 def check_complete(folder: Path) -> None:

@@ -126,7 +126,7 @@ def worker_needs(config: RunConfig) -> list[Need]:
         for name, count, section in (
             ("generator", config.generator.count, config.generator),
             ("reference", config.reference.count, config.reference),
-            ("learner", 1, config.learner),
+            ("learner", config.learner.ranks, config.learner),
             ("serve", config.serve.replicas if config.serves_reward else 0, config.serve),
         )
         if count

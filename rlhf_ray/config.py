@@ -115,10 +115,13 @@ class ReferenceConfig(Section):
 
 
 class LearnerConfig(Section):
-    """The worker that takes gradient steps. Master weights are float32."""
+    """The workers that take gradient steps. Master weights are float32."""
 
-    num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves.")
-    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves.")
+    ranks: int = Field(
+        1, ge=1, description="Workers that share weights (FSDP2) and rows; must divide an optimiser step's responses."
+    )
+    num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves for each rank.")
+    num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each rank.")
     precision: Precision = Field(
         "auto", description="Autocast of forward and backward; auto: bfloat16 where the hardware has it."
     )
@@ -155,7 +158,7 @@ class LearnerConfig(Section):
         False, description="Recompute activations in the backward pass: less memory, a third slower."
     )
     max_skipped_steps: int = Field(3, ge=1, description="Non-finite steps in a row that are skipped; one more ends it.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: all cores of the node.")
+    threads: int = Field(0, ge=0, description="CPU threads of a rank; 0: the cores of its node, shared evenly.")
 
 
 class KLConfig(Section):
@@ -686,6 +689,12 @@ def save_resolved(config: RunConfig, path: Path) -> None:
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
     kl = config.ppo.kl
+    ranks, rows = config.learner.ranks, config.ppo.batch_size // config.ppo.minibatches
+    if rows % ranks:
+        yield (
+            f"learner.ranks = {ranks} does not divide an optimiser step's responses, of {config.ppo.batch_table}; "
+            f"choose ranks from {[d for d in range(1, rows + 1) if rows % d == 0]}"
+        )
     gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
     all_gpus = gpus | {s: getattr(config, s).num_gpus for s in ("sft", "dpo")}
     if (kl.loss == "none") != (kl.loss_coef == 0):
@@ -719,6 +728,11 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     for section, number in all_gpus.items():
         if number > 1 and number != int(number):
             yield f"{section}.num_gpus = {number:g} is no whole number; above 1 Ray gives out whole GPUs only"
+    if ranks > 1 and config.learner.num_gpus not in (0, 1):
+        yield (
+            f"learner.num_gpus = {config.learner.num_gpus:g} and learner.ranks = {ranks}: each of several has one "
+            "GPU to itself, or none; set num_gpus to 1 or 0"
+        )
     parallel = config.generator.tensor_parallel_size
     if parallel > 1 and config.generator.num_gpus != parallel:
         yield (

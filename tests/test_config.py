@@ -202,6 +202,16 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "(run.yaml:8, run.yaml:7)",
         ),
         (
+            "ppo: {batch_size: 32, completions: 4, minibatches: 4}\nlearner:\n  ranks: 3",
+            "learner.ranks = 3 does not divide an optimiser step's responses, of 32 responses (8 prompts x 4), 4 "
+            "optimiser steps each (1 x 4 of 8); choose ranks from [1, 2, 4, 8] (run.yaml:8)",
+        ),
+        (
+            "learner: {ranks: 2, num_gpus: 0.5}",
+            "learner.num_gpus = 0.5 and learner.ranks = 2: each of several has one GPU to itself, or none; set "
+            "num_gpus to 1 or 0 (run.yaml:6)",
+        ),
+        (
             "ppo:\n  kl:\n    loss: k3",
             "ppo.kl.loss = k3 contradicts ppo.kl.loss_coef = 0; set both or neither (run.yaml:8)",
         ),

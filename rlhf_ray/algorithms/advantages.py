@@ -18,7 +18,6 @@ loss instead, as in GRPO, make the rewards with ``kl_coef = 0`` and the return i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, assert_never
 
 import torch
@@ -45,7 +44,6 @@ def estimate(
     groups: Tensor | None = None,
     gamma: float,
     lam: float,
-    whiten: Callable[[Tensor, Tensor], Tensor] = masked_whiten,
 ) -> tuple[Tensor, Tensor]:
     """Advantages as the policy loss takes them, by the estimator that is named.
 
@@ -57,8 +55,6 @@ def estimate(
         groups: [B] integers, equal for responses to the same prompt; for the estimators in ``NEED_GROUPS``.
         gamma: discount γ per token; of gae and reinforce_pp. The others see a response as one action.
         lam: λ of gae.
-        whiten: takes advantages and mask, and gives them mean 0 and variance 1. Where the batch is spread over
-            several learners, pass one that uses the moments of all of it.
 
     Returns:
         advantages and returns, each [B, T], 0 where masked, without gradient. Returns are never whitened.
@@ -69,7 +65,7 @@ def estimate(
     match name:
         case "gae":
             advantages, returns = gae(rewards, _given(values, "values", name), mask, gamma=gamma, lam=lam)
-            return whiten(advantages, mask), returns
+            return masked_whiten(advantages, mask), returns
         case "rloo":
             return rloo(rewards, mask, _given(groups, "groups", name))
         case "grpo":
@@ -77,9 +73,9 @@ def estimate(
         case "dr_grpo":
             return grpo(rewards, mask, _given(groups, "groups", name), divide_by_std=False)
         case "reinforce_pp":
-            return reinforce_pp(rewards, mask, gamma=gamma, whiten=whiten)
+            return reinforce_pp(rewards, mask, gamma=gamma)
         case "reinforce_pp_baseline":
-            return reinforce_pp_baseline(rewards, mask, _given(groups, "groups", name), whiten=whiten)
+            return reinforce_pp_baseline(rewards, mask, _given(groups, "groups", name))
         case _:
             assert_never(name)
 
@@ -191,9 +187,7 @@ def grpo(
 
 
 @torch.no_grad()
-def reinforce_pp(
-    rewards: Tensor, mask: Tensor, *, gamma: float, whiten: Callable[[Tensor, Tensor], Tensor] = masked_whiten
-) -> tuple[Tensor, Tensor]:
+def reinforce_pp(rewards: Tensor, mask: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
     """REINFORCE++ (Hu et al. 2025): no critic and no group; the batch is the baseline.
 
         G_t = r_t + γ G_{t+1}
@@ -206,7 +200,6 @@ def reinforce_pp(
         rewards: [B, T] per-token rewards; the KL penalty belongs among them, as in the paper.
         mask: [B, T] bool, True on tokens that count.
         gamma: discount γ per token.
-        whiten: as in ``estimate``.
 
     Returns:
         advantages and returns G_t, each [B, T], 0 where masked, without gradient.
@@ -215,13 +208,11 @@ def reinforce_pp(
         ValueError: the shapes differ.
     """
     returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
-    return whiten(returns, mask), returns
+    return masked_whiten(returns, mask), returns
 
 
 @torch.no_grad()
-def reinforce_pp_baseline(
-    rewards: Tensor, mask: Tensor, groups: Tensor, *, whiten: Callable[[Tensor, Tensor], Tensor] = masked_whiten
-) -> tuple[Tensor, Tensor]:
+def reinforce_pp_baseline(rewards: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """REINFORCE++ with a group baseline (Hu et al. 2025, the variant for several responses to a prompt).
 
         R_i = Σ_t r_{i,t}
@@ -235,7 +226,6 @@ def reinforce_pp_baseline(
         rewards: [B, T] per-token rewards.
         mask: [B, T] bool, True on tokens that count; at least one in each row.
         groups: [B] integers, equal for responses to the same prompt, in any order; each at least twice.
-        whiten: as in ``estimate``.
 
     Returns:
         advantages and returns R_i, each [B, T], 0 where masked, without gradient.
@@ -244,7 +234,7 @@ def reinforce_pp_baseline(
         ValueError: the shapes differ, a response is alone in its group or has no tokens.
     """
     advantages, returns = grpo(rewards, mask, groups, divide_by_std=False)
-    return whiten(advantages, mask), returns
+    return masked_whiten(advantages, mask), returns
 
 
 def _given(tensor: Tensor | None, what: str, name: str) -> Tensor:

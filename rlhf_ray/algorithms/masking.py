@@ -44,23 +44,19 @@ def masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return mean, masked_mean(deviation**2, mask)
 
 
-def masked_whiten(
-    x: Tensor, mask: Tensor, *, eps: float = 1e-8, moments: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` where unmasked, 0 where masked.
 
     Args:
         x: [...] values.
         mask: [...] bool, of the shape of ``x``.
         eps: added to the variance.
-        moments: mean and variance to whiten with, where ``x`` is only a part (one rank, one micro-batch) of the batch
-            that must end with mean 0 and variance 1; those of ``x`` itself by default.
 
     Raises:
         ValueError: the shapes differ.
     """
     require_shape_of_mask(mask, x)
-    mean, var = masked_moments(x, mask) if moments is None else moments
+    mean, var = masked_moments(x, mask)
     return torch.where(mask, x - mean, 0.0) * torch.rsqrt(var + eps)
 
 

@@ -72,6 +72,34 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]
     return groups
 
 
+def micro_batches_of_ranks(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """Of each rank, its groups as ``micro_batches`` makes them: every index appears exactly once, over all ranks.
+
+    Ranks get equally many sequences of like lengths, and equally many groups: they compute in step, so one that had
+    fewer would wait for another's last.
+
+    Raises:
+        ValueError: the sequences do not divide by ``ranks``, or as for ``micro_batches``.
+    """
+    if len(lengths) % ranks:
+        raise ValueError(f"{len(lengths)} sequences cannot be shared evenly by {ranks} ranks")
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # There and back again: 0 1 2, 2 1 0, 0 1 2, …
+    rounds = [longest_first[start : start + ranks] for start in range(0, len(lengths), ranks)]
+    dealt = list(zip(*(turn[:: 1 if n % 2 == 0 else -1] for n, turn in enumerate(rounds)), strict=True))
+    groups = [
+        [[rows[i] for i in group] for group in micro_batches([lengths[row] for row in rows], max_tokens=max_tokens)]
+        for rows in dealt
+    ]
+    most = max(map(len, groups))
+    for of_rank in groups:
+        while len(of_rank) < most:
+            largest = max(range(len(of_rank)), key=lambda i: len(of_rank[i]))
+            half = len(of_rank[largest]) // 2
+            of_rank[largest : largest + 1] = [of_rank[largest][:half], of_rank[largest][half:]]
+    return groups
+
+
 def select(batch: Batch, indices: Sequence[int]) -> Batch:
     """The rows ``indices`` of ``batch``, in that order, trimmed to the longest of them.
 

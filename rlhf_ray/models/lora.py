@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models.sharding import whole
 
 _ADAPTER = "default"
 
@@ -46,7 +47,10 @@ def add_lora(language_model: Any, *, rank: int, alpha: float, targets: Sequence[
 
 @torch.no_grad()
 def merged_state(language_model: Any) -> dict[str, Tensor]:
-    """The state of the model as if its LoRA matrices were part of its layers, under the names that it had before."""
+    """The state of the model as if its LoRA matrices were part of its layers, under the names that it had before.
+
+    Where the weights are sharded, all ranks must call it: a layer that has LoRA is put together to be merged.
+    """
     state: dict[str, Tensor] = dict(language_model.state_dict())
     for name, module in language_model.named_modules():
         if isinstance(module, LoraLayer):
@@ -55,5 +59,6 @@ def merged_state(language_model: Any) -> dict[str, Tensor]:
                 value = state.pop(key)
                 if inner.startswith("base_layer."):
                     state[f"{name}.{inner.removeprefix('base_layer.')}"] = value
-            state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight(_ADAPTER)
+            a, b = (whole(matrices[_ADAPTER].weight) for matrices in (module.lora_A, module.lora_B))
+            state[f"{name}.weight"] = whole(state[f"{name}.weight"]) + module.scaling[_ADAPTER] * (b @ a)
     return state

@@ -1,12 +1,13 @@
 """The learner: experiences in, a better policy out. Plain and synchronous; Ray is somebody else's edge.
 
 It owns what lasts from step to step: float32 master weights, optimiser, version. The arithmetic of a step is in
-``ppo_update``.
+``ppo_update``. With several ranks each process has one of these, and all are given the same calls in the same order.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.kl import k1
-from rlhf_ray.checkpoint import load_checkpoint, replaced_folder, save_checkpoint
+from rlhf_ray.checkpoint import replaced_folder
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.batching import collate, to_device
-from rlhf_ray.errors import InputError, NumericalError, StalenessError
+from rlhf_ray.errors import NumericalError, StalenessError
 from rlhf_ray.models.loading import (
     load_policy_model,
     load_tokenizer,
@@ -30,7 +31,10 @@ from rlhf_ray.models.loading import (
 )
 from rlhf_ray.models.lora import add_lora, merged_state
 from rlhf_ray.models.policy import PolicyModel
+from rlhf_ray.models.sharding import own_slice, whole
+from rlhf_ray.roles.learner_state import SavedLearner, save_learner
 from rlhf_ray.roles.ppo_update import NonFiniteError, PPOUpdate
+from rlhf_ray.roles.ranks import Ranks
 from rlhf_ray.types import Batch, Experience, Probe, StepReport, Weights
 
 PROBE_TOKENS = 160
@@ -54,6 +58,7 @@ class PPOLearner:
         device: str = "auto",
         precision: str = "auto",
         critic_folder: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -61,12 +66,15 @@ class PPOLearner:
             critic_folder: of the model whose trunk the critic starts from; None: it is a head on the policy's.
             device: "cpu", "cuda", or "auto": cuda where ``learner.num_gpus`` asks for one.
             precision: of forward and backward (autocast).
+            ranks: those that share the weights and each batch's rows; by default it is alone.
 
         Raises:
             ModelError: the model cannot be used.
             ResourceError: no GPU where one is asked for.
         """
-        set_threads(config.learner.threads)
+        self._ranks = ranks or Ranks()
+        self._threads = config.learner.threads or max(1, len(os.sched_getaffinity(0)) // self._ranks.on_this_node)
+        set_threads(self._threads)
         self._config = config
         self._device = resolve_device(device, config.learner.num_gpus)
         trust = config.model.trust_remote_code
@@ -87,6 +95,7 @@ class PPOLearner:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         policy = PolicyModel(language_model, critic=critic, packed=self._device.type == "cpu")
         self._model = policy.to(self._device).train()
+        self._ranks.shard(self._model, self._device)
         self._optimizer = _new_optimizer(self._model, config)
         self._rng = torch.Generator().manual_seed(config.seed)
         self._ppo = PPOUpdate(
@@ -95,6 +104,7 @@ class PPOLearner:
             config,
             dtype=resolve_precision(precision, self._device),
             rng=self._rng,
+            ranks=self._ranks,
         )
         self._version = 0
         self._skipped_in_a_row = 0
@@ -117,7 +127,7 @@ class PPOLearner:
             StalenessError: an experience lags more than ``ppo.max_staleness`` versions behind.
             NumericalError: one non-finite step too many; the sample is in the message and in ``bad_sample.json``.
         """
-        set_threads(self._config.learner.threads)
+        set_threads(self._threads)
         batch = collate(experiences, version=self._version, pad_id=self._tokenizer.pad_token_id)
         self._refuse_stale(batch)
         batch = to_device(batch, self._device)
@@ -141,21 +151,23 @@ class PPOLearner:
 
     def weights(self, dtype: torch.dtype = torch.float32) -> Weights:
         """A copy of the policy on the CPU, ``lm_head.weight`` included and LoRA merged; parameters that are tied share
-        one copy.
+        one copy. On ranks other than the first nothing is kept.
         """
         copies: dict[tuple[int, torch.Size], Tensor] = {}
         weights: dict[str, Tensor] = {}
         for name, tensor in merged_state(self._model.language_model).items():
-            key = (tensor.data_ptr(), tensor.shape)
+            key = (own_slice(tensor).data_ptr(), tensor.shape)
             if key not in copies:
-                copies[key] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+                all_of_it = whole(tensor.detach())
+                kept = all_of_it if self._ranks.first else all_of_it.new_empty(0)
+                copies[key] = kept.to("cpu", dtype, copy=True).contiguous()
             weights[name] = copies[key]
-        return weights
+        return weights if self._ranks.first else {}
 
     @torch.no_grad()
     def probe(self) -> Probe:
         """The run's fixed token sequence and its log-probabilities under the current weights."""
-        set_threads(self._config.learner.threads)
+        set_threads(self._threads)
         ids = self._probe_ids.unsqueeze(0)
         with self._ppo.autocast():
             output = self._model(
@@ -168,47 +180,52 @@ class PPOLearner:
         return Probe(token_ids=tuple(self._probe_ids.tolist()), logprobs=tuple(output.logprobs[0].tolist()))
 
     def save(self, folder: Path) -> None:
-        """Everything that the next step depends on: weights, value head, optimiser, version, RNG.
-
-        The learning rate follows from the version.
+        """Everything that the next step depends on: weights, value head, optimiser, version, RNG; of this rank its
+        part. The learning rate follows from the version.
         """
+        state = {"version": self._version, "skipped_in_a_row": self._skipped_in_a_row}
+        save_learner(folder, self._lasting(), state, self._ranks)
+
+    def load(self, folder: Path) -> int:
+        """Restore what ``save`` wrote, on whatever number of ranks; returns the version. The next step is then what it
+        would have been.
+
+        Raises:
+            InputError: the checkpoint is not whole, or is of another model.
+        """
+        saved = SavedLearner(folder)
+        stepped = {name.split(".", 2)[2] for name in saved.names() if name.startswith("optimizer.step.")}
+        self._optimizer.state.clear()
+        for name, parameter in self._model.named_parameters():
+            if name in stepped:
+                self._optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=self._device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        rng = self._rng.get_state()
+        saved.read({**self._lasting(), "rng": rng})
+        self._rng.set_state(rng)
+        self._version = int(saved.state["version"])
+        self._skipped_in_a_row = int(saved.state["skipped_in_a_row"])
+        return self._version
+
+    def _lasting(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the very tensors, by name, but for the RNG's state, which is a copy."""
         tensors = {"rng": self._rng.get_state()}
         for name, parameter in self._model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        state = {"version": self._version, "skipped_in_a_row": self._skipped_in_a_row}
-        save_checkpoint(folder, tensors=tensors, state=state)
-
-    def load(self, folder: Path) -> int:
-        """Restore what ``save`` wrote; returns the version. The next step is then what it would have been.
-
-        Raises:
-            InputError: the checkpoint is not whole, or is of another model.
-        """
-        tensors, state = load_checkpoint(folder)
-        parameters = dict(self._model.named_parameters())
-        shapes = {name: tensors[f"model.{name}"].shape for name in parameters if f"model.{name}" in tensors}
-        if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
-            raise InputError(f"the checkpoint {folder} is of another model than model.path = {self._config.model.path}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-                self._optimizer.state[parameter] = {
-                    key: tensors[f"optimizer.{key}.{name}"].to(self._device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"optimizer.{key}.{name}" in tensors
-                }
-        self._rng.set_state(tensors["rng"])
-        self._version = int(state["version"])
-        self._skipped_in_a_row = int(state["skipped_in_a_row"])
-        return self._version
+        return tensors
 
     def export(self, folder: Path) -> None:
         """The policy as a Hugging Face folder in float32, with tokenizer and generation defaults; it appears whole."""
+        state = {name: whole(tensor.detach()) for name, tensor in merged_state(self._model.language_model).items()}
+        if not self._ranks.first:
+            return
         with replaced_folder(folder) as temporary, quiet():
-            self._model.language_model.save_pretrained(temporary, state_dict=merged_state(self._model.language_model))
+            self._model.language_model.save_pretrained(temporary, state_dict=state)
             self._tokenizer.save_pretrained(temporary)
 
     def _set_learning_rate(self) -> float:
@@ -237,8 +254,9 @@ class PPOLearner:
         bad = next(e for e in experiences if e.rollout.prompt.prompt_id == error.prompt_id)
         sample = _bad_sample(bad, error.cause)
         path = self._config.run_dir / BAD_SAMPLE_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(sample, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self._ranks.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(sample, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         allowed = self._config.learner.max_skipped_steps
         if self._skipped_in_a_row > allowed:
             raise NumericalError(

@@ -4,21 +4,21 @@
 
 The value head takes part where the advantage estimator reads values; with the others there is no critic.
 
-Losses are sums over micro-batches divided by the tokens of the whole minibatch, so how a batch is cut changes nothing
-but memory.
+Losses are sums over micro-batches divided by the tokens of the whole minibatch, so how a batch is cut, and how many
+ranks share it, changes nothing but memory and time. With several ranks each computes its own rows and is told of the
+others'; what follows from all rows, such as advantages, each works out for itself.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rlhf_ray.algorithms.advantages import NEED_VALUES, estimate
 from rlhf_ray.algorithms.kl import k1, k2, k3
@@ -27,9 +27,11 @@ from rlhf_ray.algorithms.masking import masked_mean
 from rlhf_ray.algorithms.offpolicy import importance_weights
 from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.config import RunConfig
-from rlhf_ray.data.batching import micro_batches, select
+from rlhf_ray.data.batching import micro_batches_of_ranks, select
 from rlhf_ray.errors import ResourceError
 from rlhf_ray.models.policy import PolicyModel, PolicyOutput
+from rlhf_ray.models.sharding import whole
+from rlhf_ray.roles.ranks import Ranks
 from rlhf_ray.types import Batch
 
 log = logging.getLogger("rlhf_ray.learner")
@@ -69,13 +71,26 @@ class Targets:
     """Behaviour → proximal importance weights; None where every sample is on-policy."""
 
     def select(self, rows: Sequence[int], length: int) -> Targets:
-        """Those rows, trimmed to ``length`` response tokens."""
+        """Those rows, cut to ``length`` response tokens."""
         names = (field.name for field in fields(self) if getattr(self, field.name) is not None)
         trimmed: dict[str, Any] = {name: getattr(self, name)[list(rows), :length] for name in names}
         return replace(self, **trimmed)
 
 
-Part = tuple[Batch, Evaluation, Targets]
+Computed = tuple[Sequence[int], Batch, Evaluation]
+"""Rows of a batch, those rows alone, and the policy's view of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backward:
+    """What one rank saw on its way to the gradient."""
+
+    metrics: dict[str, float]
+    """Its share of each sum."""
+    suspect: tuple[float, int]
+    """Nats and prompt id of the row that moved furthest."""
+    problem: NonFiniteError | None
+    """The first number that is none."""
 
 
 class PPOUpdate:
@@ -89,17 +104,20 @@ class PPOUpdate:
         *,
         dtype: torch.dtype,
         rng: torch.Generator,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             dtype: of forward and backward; bfloat16 turns autocast on.
-            rng: draws the minibatches.
+            rng: draws the minibatches; in the same state on all ranks.
+            ranks: those that share the work; by default there is one.
         """
         self._model = model
         self._optimizer = optimizer
         self._config = config
         self._dtype = dtype
         self._rng = rng
+        self._ranks = ranks or Ranks()
         self._critic = config.ppo.estimator in NEED_VALUES
         self._critic_only = False
         self._budget = config.learner.micro_batch_tokens
@@ -115,16 +133,15 @@ class PPOUpdate:
                 changes.
             ResourceError: memory runs out, and half of the micro-batch budget did not help.
         """
-        refuse_non_finite(batch, rollout_logprobs=batch.rollout_logprobs, ref_logprobs=batch.ref_logprobs)
-        refuse_non_finite(batch, score=batch.scores.unsqueeze(1))
+        given = {"rollout_logprobs": batch.rollout_logprobs, "ref_logprobs": batch.ref_logprobs}
+        if (problem := non_finite(batch, **given, score=batch.scores.unsqueeze(1))) is not None:
+            raise problem
         self._critic_only = critic_only
-        before = self._within_memory(lambda: self._before(batch))
-        _refuse_non_finite_view(batch, before)
+        before, computed = self._within_memory(lambda: self._before(batch))
+        if (problem := _non_finite_view(batch, before)) is not None:
+            raise problem
         targets, metrics = self._targets(batch, before, kl_coef)
-        if before.logprobs.requires_grad:
-            stats = self._step(batch, targets, [(batch, before, targets)])
-        else:
-            stats = self._epochs(batch, targets)
+        stats = self._epochs(batch, targets) if computed is None else self._step(batch, targets, computed)
         return metrics | stats, targets.old_logprobs
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -135,28 +152,48 @@ class PPOUpdate:
         return context
 
     def _pieces(self, batch: Batch) -> list[list[int]]:
+        """This rank's micro-batches, as rows of the batch; every rank has equally many."""
         lengths = batch.attention_mask.sum(dim=1).tolist()
-        return micro_batches(lengths, max_tokens=self._budget)
+        return micro_batches_of_ranks(lengths, max_tokens=self._budget, ranks=self._ranks.size)[self._ranks.rank]
 
-    def _before(self, batch: Batch) -> Evaluation:
-        """The batch under the weights before the update; differentiable where that saves a second forward."""
-        pieces = self._pieces(batch)
-        with torch.set_grad_enabled(self._single_pass(pieces)):
-            return self._evaluate(batch, pieces)
+    def _before(self, batch: Batch) -> tuple[Evaluation, list[Computed] | None]:
+        """The batch under the weights before the update; and this rank's part of it, differentiable, where that saves
+        a second forward.
+        """
+        single_pass = self._single_pass(len(self._pieces(batch)))
+        with torch.set_grad_enabled(single_pass):
+            computed = list(self._computed(batch))
+        return self._joined(batch, computed), computed if single_pass else None
 
-    def _single_pass(self, pieces: Sequence[Sequence[int]]) -> bool:
+    def _single_pass(self, pieces: int) -> bool:
         """One optimiser step over a batch that fits in memory: the proximal policy is then the current one, so the
         forward that gives the old log-probabilities and values is also the one that is differentiated.
         """
-        return self._config.ppo.epochs == self._config.ppo.minibatches == len(pieces) == 1
+        return self._config.ppo.epochs == self._config.ppo.minibatches == pieces == 1
+
+    def _joined(self, batch: Batch, computed: Sequence[Computed]) -> Evaluation:
+        """All ranks' rows in the batch's order and width, without gradient."""
+
+        def joined(name: str) -> Any:
+            if getattr(computed[0][2], name) is None:
+                return None
+            everything = batch.rollout_logprobs.new_zeros(batch.response_mask.shape)
+            for rows, _, seen in computed:
+                values = getattr(seen, name).detach()
+                everything[rows, : values.shape[1]] = values
+            return self._ranks.sum(everything)
+
+        return Evaluation(logprobs=joined("logprobs"), values=joined("values"), entropy=joined("entropy"))
 
     def _within_memory(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """``work()``; where memory runs out, once in a run, with half the micro-batch budget: ``again()``, or the same.
 
+        Not where there are other ranks: they wait in the middle of what this one would begin anew.
+
         Raises:
             ResourceError: it ran out before, or runs out again.
         """
-        halved = self._budget < self._config.learner.micro_batch_tokens
+        halved = self._ranks.size > 1 or self._budget < self._config.learner.micro_batch_tokens
         try:
             return work()
         except torch.OutOfMemoryError as error:
@@ -176,20 +213,6 @@ class PPOUpdate:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return self._within_memory(again or work)
-
-    def _evaluate(self, batch: Batch, pieces: Sequence[Sequence[int]]) -> Evaluation:
-        """All rows, piece by piece, put back in the batch's order and width."""
-        outputs = [self._forward(select(batch, rows)) for rows in pieces]
-        width = batch.response_ids.shape[1]
-        order = torch.tensor([row for rows in pieces for row in rows], device=batch.response_ids.device).argsort()
-
-        def joined(name: str) -> Any:
-            parts = [getattr(output, name) for output in outputs]
-            if parts[0] is None:
-                return None
-            return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])[order]
-
-        return Evaluation(logprobs=joined("logprobs"), values=joined("values"), entropy=joined("entropy"))
 
     def _forward(self, batch: Batch) -> Evaluation:
         with self.autocast():
@@ -264,48 +287,56 @@ class PPOUpdate:
                 steps.append(self._step(minibatch, targets.select(chosen, minibatch.response_ids.shape[1])))
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
-    def _parts(self, batch: Batch, targets: Targets) -> Iterable[Part]:
-        """Micro-batches, each computed when it is asked for."""
+    def _computed(self, batch: Batch) -> Iterator[Computed]:
+        """This rank's micro-batches, each computed when it is asked for."""
         for rows in self._pieces(batch):
             part = select(batch, rows)
-            yield part, self._forward(part), targets.select(rows, part.response_ids.shape[1])
+            yield rows, part, self._forward(part)
 
-    def _step(self, batch: Batch, targets: Targets, whole: Sequence[Part] | None = None) -> dict[str, float]:
+    def _step(self, batch: Batch, targets: Targets, computed: Sequence[Computed] | None = None) -> dict[str, float]:
         """One optimiser step.
 
         Args:
-            whole: the batch as one part that is computed already.
+            computed: this rank's part of the batch, where that has been done already.
         """
         count = batch.response_mask.sum()
 
-        def cut() -> tuple[dict[str, float], int]:
-            return self._backward(self._parts(batch, targets), count)
+        def anew() -> Backward:
+            return self._backward(self._computed(batch), targets, count)
 
-        totals, suspect = self._within_memory(cut if whole is None else lambda: self._backward(whole, count), again=cut)
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm)
+        own = self._within_memory(
+            anew if computed is None else lambda: self._backward(computed, targets, count), again=anew
+        )
+        of_ranks = self._ranks.gather(own)
+        for one in of_ranks:
+            if one.problem is not None:
+                raise one.problem
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm))
         if not torch.isfinite(norm):
-            raise NonFiniteError("the gradient norm is not finite", suspect)
+            raise NonFiniteError("the gradient norm is not finite", max(one.suspect for one in of_ranks)[1])
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        totals = {name: sum(one.metrics[name] for one in of_ranks) for name in own.metrics}
         return totals | {"grad_norm": float(norm)}
 
-    def _backward(self, parts: Iterable[Part], count: Tensor) -> tuple[dict[str, float], int]:
-        """The gradient over ``count`` response tokens; a part's backward comes before the next one's forward.
+    def _backward(self, computed: Iterable[Computed], targets: Targets, count: Tensor) -> Backward:
+        """This rank's share of the gradient over ``count`` response tokens, which backward adds up over the ranks; a
+        part's backward comes before the next one's forward.
 
-        Returns:
-            metrics; and the prompt id of the row that moved furthest.
+        It goes on to the end where a number is not finite: the other ranks' backward waits for this one's.
         """
-        totals: dict[str, float] = {}
-        suspect = (-1.0, -1)
-        for batch, current, targets in parts:
-            _refuse_non_finite_view(batch, current)
-            loss, stats = self._loss(batch, current, targets, count)
-            suspect = max(suspect, _furthest(batch, current, targets))
-            if not torch.isfinite(loss):
-                raise NonFiniteError("the loss is not finite", suspect[1])
+        metrics: dict[str, float] = {}
+        suspect, problem = (-1.0, -1), None
+        for rows, batch, current in computed:
+            target = targets.select(rows, batch.response_ids.shape[1])
+            loss, stats = self._loss(batch, current, target, count)
+            suspect = max(suspect, _furthest(batch, current, target))
+            problem = problem or _non_finite_view(batch, current)
+            if problem is None and not torch.isfinite(loss):
+                problem = NonFiniteError("the loss is not finite", suspect[1])
             loss.backward()
-            totals = {name: totals.get(name, 0.0) + float(value) for name, value in stats.items()}
-        return totals, suspect[1]
+            metrics = {name: metrics.get(name, 0.0) + float(value) for name, value in stats.items()}
+        return Backward(metrics=metrics, suspect=suspect, problem=problem)
 
     def _loss(
         self, batch: Batch, current: Evaluation, targets: Targets, count: Tensor
@@ -342,20 +373,18 @@ class PPOUpdate:
         return of_critic if self._critic_only else loss + of_critic, metrics | {"loss_value": value.detach()}
 
 
-def refuse_non_finite(batch: Batch, **per_row: Tensor) -> None:
-    """Raises:
-    NonFiniteError: naming the first row of a [B, ...] tensor that holds NaN or infinity.
-    """
+def non_finite(batch: Batch, **per_row: Tensor) -> NonFiniteError | None:
+    """Names the first row of a [B, ...] tensor that holds NaN or infinity; None where all is finite."""
     for name, tensor in per_row.items():
         bad = (~torch.isfinite(tensor)).any(dim=1)
         if bad.any():
-            raise NonFiniteError(f"{name} holds NaN or infinity", batch.prompt_ids[int(bad.int().argmax())])
+            return NonFiniteError(f"{name} holds NaN or infinity", batch.prompt_ids[int(bad.int().argmax())])
+    return None
 
 
-def _refuse_non_finite_view(batch: Batch, view: Evaluation) -> None:
-    refuse_non_finite(batch, logprobs=view.logprobs)
-    if view.values is not None:
-        refuse_non_finite(batch, values=view.values)
+def _non_finite_view(batch: Batch, view: Evaluation) -> NonFiniteError | None:
+    values = {} if view.values is None else {"values": view.values}
+    return non_finite(batch, logprobs=view.logprobs, **values)
 
 
 @torch.no_grad()

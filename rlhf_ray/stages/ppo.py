@@ -230,7 +230,7 @@ async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, st
             raise
         return generator
 
-    await wait_ready({"learner": learner.ready_ref(), **reference.ready_refs(), **scorers.ready_refs()})
+    await wait_ready({**learner.ready_refs(), **reference.ready_refs(), **scorers.ready_refs()})
     section = config.generator
     pool = GeneratorPool(
         make,
@@ -266,11 +266,12 @@ def _checkpointer(config: RunConfig, learner: RayLearner) -> Callable[[int, dict
         root = config.run_dir / "checkpoints"
         folder = root / f"step-{step:06d}"
         await learner.save(folder / "learner")
-        if not (folder / "learner" / checkpoint.MARKER).is_file():
+        if not (folder / "learner").is_dir():
             raise ConfigError(
                 f"the learner wrote its checkpoint and it is not in {folder}: "
                 "set output_dir to a folder that all nodes share"
             )
+        await asyncio.to_thread(checkpoint.mark_complete, folder / "learner")
         state = state | {"identity": _identity(config)}
         await asyncio.to_thread(checkpoint.save_checkpoint, folder / "pipeline", tensors={}, state=state)
         await asyncio.to_thread(checkpoint.mark_complete, folder)

@@ -206,23 +206,6 @@ def test_an_estimator_that_is_not_given_what_it_needs_says_so(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_learners_that_share_a_batch_may_bring_their_own_whitening_and_returns_are_never_whitened(name):
-    def doubled(x, mask):
-        return torch.where(mask, 2 * x, 0.0)
-
-    def unchanged(x, mask):
-        return torch.where(mask, x, 0.0)
-
-    whitens = name in {"gae", "reinforce_pp", "reinforce_pp_baseline"}
-    both = [
-        estimate(name, GROUP_REWARDS, GROUP_MASK, **batch_for(name), gamma=0.9, lam=0.8, whiten=whiten)
-        for whiten in (unchanged, doubled)
-    ]
-    assert_close(both[1][0], both[0][0] * (2 if whitens else 1))
-    assert_close(both[1][1], both[0][1])
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_no_estimator_carries_a_gradient_or_changes_the_dtype_of_the_rewards(name):
     rewards = torch.where(GROUP_MASK, GROUP_REWARDS, 0.0).requires_grad_()
     for tensor in estimate(name, rewards, GROUP_MASK, **batch_for(name), gamma=0.9, lam=0.8):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.data.batching import collate, micro_batches, select
+from rlhf_ray.data.batching import collate, micro_batches, micro_batches_of_ranks, select
 from rlhf_ray.types import Experience, Prompt, Rollout
 
 PAD = 99
@@ -169,3 +169,31 @@ def test_micro_batches_hold_every_index_once_within_the_budget_and_as_full_as_th
     assert flat == sorted(lengths, reverse=True)
     for group, following in pairwise(groups):
         assert (len(group) + 1) * lengths[group[0]] > max_tokens, f"{following[0]} would have fitted"
+
+
+def test_one_rank_has_the_micro_batches_of_all():
+    lengths = [2, 9, 3, 8, 2, 3]
+    assert micro_batches_of_ranks(lengths, max_tokens=18, ranks=1) == [micro_batches(lengths, max_tokens=18)]
+
+
+def test_ranks_that_could_do_with_fewer_micro_batches_cut_theirs():
+    # Rank 0 has the rows of 9, 2 and 2 tokens, rank 1 those of 8, 8 and 2.
+    assert micro_batches_of_ranks([9, 8, 8, 2, 2, 2], max_tokens=9, ranks=2) == [[[0], [3], [4]], [[1], [2], [5]]]
+
+
+def test_rows_that_do_not_divide_by_the_ranks_are_refused():
+    with pytest.raises(ValueError, match="5 sequences cannot be shared evenly by 2 ranks"):
+        micro_batches_of_ranks([1] * 5, max_tokens=8, ranks=2)
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), max_tokens=st.integers(1, 200), data=st.data())
+def test_ranks_share_every_index_once_in_equally_many_micro_batches_within_the_budget(lengths, max_tokens, data):
+    ranks = data.draw(st.sampled_from([n for n in range(1, 5) if len(lengths) % n == 0]))
+    of_ranks = micro_batches_of_ranks(lengths, max_tokens=max_tokens, ranks=ranks)
+    assert len(of_ranks) == ranks
+    assert len({len(groups) for groups in of_ranks}) == 1
+    rows = [[index for group in groups for index in group] for groups in of_ranks]
+    assert {len(of_rank) for of_rank in rows} == {len(lengths) // ranks}
+    assert sorted(index for of_rank in rows for index in of_rank) == list(range(len(lengths)))
+    for group in (group for groups in of_ranks for group in groups):
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= max_tokens

@@ -115,11 +115,14 @@ def test_an_asynchronous_run_trains_every_prompt_once_within_its_staleness_bound
     assert abs(evaluation.trained.kl) > 1e-3
 
 
-def test_staleness_zero_trains_only_on_what_the_newest_policy_sampled_and_resumes(
+def test_two_ranks_at_staleness_zero_train_only_on_what_the_newest_policy_sampled_and_one_resumes(
     cluster: None, make_config: Any
 ) -> None:
     config = make_config(
-        name="sync", ppo={"max_staleness": 0, "steps": 2, "checkpoint_every": 1}, generator={"count": 1}
+        name="sync",
+        ppo={"max_staleness": 0, "steps": 2, "checkpoint_every": 1},
+        generator={"count": 1},
+        learner={"ranks": 2},
     )
     summary = run_ppo(config)
     rows = read_lines(config.run_dir / "metrics.jsonl")
@@ -127,7 +130,8 @@ def test_staleness_zero_trains_only_on_what_the_newest_policy_sampled_and_resume
     assert [row["staleness_max"] for row in rows] == [0, 0]
     assert all(row["sampler_gap"] < 1e-3 for row in rows), "every token was sampled by the policy that trains on it"
 
-    longer = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": 3})})
+    alone = config.learner.model_copy(update={"ranks": 1})
+    longer = config.model_copy(update={"ppo": config.ppo.model_copy(update={"steps": 3}), "learner": alone})
     resumed = run_ppo(longer, resume=True)
     assert (resumed.steps, resumed.samples) == (3, 3 * BATCH)
     assert (resumed.lost, resumed.trained_twice) == (0, 0)
