@@ -106,7 +106,9 @@ class GeneratorConfig(Section):
 class ReferenceConfig(Section):
     """The frozen policy's workers."""
 
-    count: int = Field(1, ge=1, description="Number of reference actors.")
+    count: int = Field(
+        1, ge=0, description="Number of reference actors; 0, with LoRA: the learner reads its base, LoRA left out."
+    )
     num_cpus: float = Field(0.25, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     precision: Precision = Field("auto", description="Arithmetic; auto: bfloat16 autocast where the hardware has it.")
@@ -707,6 +709,11 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
                     f"learner.{key} = {value} is of a critic, and ppo.estimator = {config.ppo.estimator} has none; "
                     "drop it, or use gae"
                 )
+    if config.reference.count == 0 and not config.learner.lora_rank:
+        yield (
+            "reference.count = 0 makes the learner its own reference, which it can be under LoRA only; set "
+            "learner.lora_rank, such as 16, or reference.count to 1 or more"
+        )
     if config.learner.lora_targets is not None and not config.learner.lora_rank:
         yield (
             f"learner.lora_targets = {list(config.learner.lora_targets)} is read for a learner.lora_rank above 0 only; "

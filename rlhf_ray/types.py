@@ -102,7 +102,8 @@ class ExperienceRefs:
     receipt: RolloutReceipt
     score: Score
     rollout: Ref
-    ref_logprobs: Ref
+    ref_logprobs: Ref | None
+    """None where the learner is the reference too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +112,8 @@ class Experience:
 
     rollout: Rollout
     score: float
-    ref_logprobs: np.ndarray
-    """[T] float32, nats, at the sampling temperature."""
+    ref_logprobs: np.ndarray | None
+    """[T] float32, nats, at the sampling temperature; None where the learner is to find them out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +133,7 @@ class Batch:
     rollout_logprobs: torch.Tensor
     """[B, T] float32, 0 where masked."""
     ref_logprobs: torch.Tensor
-    """[B, T] float32, 0 where masked."""
+    """[B, T] float32, 0 where masked and where nobody has said."""
     scores: torch.Tensor
     """[B] float32"""
     truncated: torch.Tensor

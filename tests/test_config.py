@@ -207,6 +207,11 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "optimiser steps each (1 x 4 of 8); choose ranks from [1, 2, 4, 8] (run.yaml:8)",
         ),
         (
+            "reference:\n  count: 0",
+            "reference.count = 0 makes the learner its own reference, which it can be under LoRA only; set "
+            "learner.lora_rank, such as 16, or reference.count to 1 or more (run.yaml:7)",
+        ),
+        (
             "learner: {ranks: 2, num_gpus: 0.5}",
             "learner.num_gpus = 0.5 and learner.ranks = 2: each of several has one GPU to itself, or none; set "
             "num_gpus to 1 or 0 (run.yaml:6)",

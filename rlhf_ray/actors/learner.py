@@ -55,7 +55,7 @@ class LearnerWorker:
         self._learner = PPOLearner(**self._options)
 
     def train_step(self, scores: Sequence[float], kl_coef: float, *opened: Any) -> StepReport | None:
-        """``opened``: the batch's rollouts, then their reference log-probabilities (Ray has resolved the refs)."""
+        """``opened``: the batch's rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
         rollouts, ref_logprobs = opened[: len(scores)], opened[len(scores) :]
         batch = [
             Experience(rollout=rollout, score=score, ref_logprobs=ref)

@@ -66,7 +66,7 @@ class RayReference:
 
     @classmethod
     def start(cls, config: RunConfig, model_options: Mapping[str, Any]) -> RayReference:
-        """Start ``reference.count`` actors; ``ready_refs`` tells when they are up."""
+        """Start ``reference.count`` actors, at least one; ``ready_refs`` tells when they are up."""
         section = config.reference
         return cls(
             [
@@ -78,7 +78,7 @@ class RayReference:
                     threads=section.threads,
                     concurrency=1000,
                 )
-                for _ in range(section.count)
+                for _ in range(max(1, section.count))
             ]
         )
 

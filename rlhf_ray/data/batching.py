@@ -38,7 +38,12 @@ def collate(experiences: Sequence[Experience], *, version: int, pad_id: int) -> 
         response_ids=_pad([rollout.response_ids for rollout in rollouts], 0, torch.int64),
         response_mask=_pad([[True] * len(rollout.response_ids) for rollout in rollouts], False, torch.bool),
         rollout_logprobs=_pad([rollout.rollout_logprobs for rollout in rollouts], 0.0, torch.float32),
-        ref_logprobs=_pad([experience.ref_logprobs.tolist() for experience in experiences], 0.0, torch.float32),
+        ref_logprobs=_pad(
+            [[] if e.ref_logprobs is None else e.ref_logprobs.tolist() for e in experiences],
+            0.0,
+            torch.float32,
+            longest=max(len(rollout.response_ids) for rollout in rollouts),
+        ),
         scores=torch.tensor([experience.score for experience in experiences], dtype=torch.float32),
         truncated=torch.tensor([rollout.finish_reason == "length" for rollout in rollouts], dtype=torch.bool),
         staleness=torch.tensor([version - min(rollout.policy_versions) for rollout in rollouts], dtype=torch.int64),
@@ -141,14 +146,14 @@ def _check(experience: Experience, version: int) -> None:
         raise ValueError(f"{name} has no prompt tokens, so nothing predicts its first response token")
     if not rollout.response_ids:
         raise ValueError(f"{name} has an empty response, which cannot be trained on")
-    if experience.ref_logprobs.ndim != 1:
-        raise ValueError(f"ref_logprobs of {name} have shape {experience.ref_logprobs.shape}; one per token is needed")
+    reference = experience.ref_logprobs
+    if reference is not None and reference.ndim != 1:
+        raise ValueError(f"ref_logprobs of {name} have shape {reference.shape}; one per token is needed")
     lengths = {
         "response_ids": len(rollout.response_ids),
         "rollout_logprobs": len(rollout.rollout_logprobs),
         "policy_versions": len(rollout.policy_versions),
-        "ref_logprobs": len(experience.ref_logprobs),
-    }
+    } | ({} if reference is None else {"ref_logprobs": len(reference)})
     if len(set(lengths.values())) > 1:
         listing = ", ".join(f"{field} {length}" for field, length in lengths.items())
         raise ValueError(f"per-token fields of {name} differ in length: {listing}")
@@ -157,8 +162,10 @@ def _check(experience: Experience, version: int) -> None:
         raise ValueError(f"{name} was sampled by version {newest}, but the learner is only at version {version}")
 
 
-def _pad(rows: Sequence[Sequence[int] | Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
-    longest = max(len(row) for row in rows)
+def _pad(
+    rows: Sequence[Sequence[int] | Sequence[float]], fill: float, dtype: torch.dtype, longest: int | None = None
+) -> Tensor:
+    longest = max(len(row) for row in rows) if longest is None else longest
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=dtype)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ def add_lora(language_model: Any, *, rank: int, alpha: float, targets: Sequence[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, language_model, adapter_name=_ADAPTER)
+
+
+@contextmanager
+def without_lora(language_model: Any) -> Iterator[None]:
+    """The model as it was before it had LoRA, for the block.
+
+    What the matrices add is scaled by 0. To disable them in peft would freeze them too, and FSDP remembers what was
+    frozen when it first saw it.
+    """
+    layers = [module for module in language_model.modules() if isinstance(module, LoraLayer)]
+    scales = [layer.scaling[_ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[_ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[_ADAPTER] = scale
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from rlhf_ray.pipeline.ledger import Ledger
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.summary import RunSummary, Tally
 from rlhf_ray.pipeline.weight_sync import WeightSync
-from rlhf_ray.types import ExperienceRefs, Prompt
+from rlhf_ray.types import ExperienceRefs, Prompt, Ref
 
 __all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary"]
 
@@ -67,6 +67,7 @@ class Pipeline:
     """One run of the loop; see the module's picture.
 
     Args:
+        reference: None where the learner is the reference too.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
         on_step: is given each step's metrics and the learner's sample rows.
         checkpoint: awaited with (steps done, ``state_dict()``) every ``checkpoint_every`` steps and at the end; it
@@ -81,7 +82,7 @@ class Pipeline:
         prompts: PromptSource,
         pool: GeneratorPool,
         scorer: Scorer,
-        reference: Reference,
+        reference: Reference | None,
         learner: Learner,
         controller: KLController,
         config: PPOConfig,
@@ -159,7 +160,7 @@ class Pipeline:
         self._tally.rollout_stage(prompt_id, "generate", max(receipt.seconds for receipt, _ in sampled))
         self._stages[prompt_id] = "being scored"
         scores = asyncio.gather(*(self._scorer.score(rollout) for _, rollout in sampled))
-        references = asyncio.gather(*(self._reference.logprobs(rollout) for _, rollout in sampled))
+        references = asyncio.gather(*(self._ref_logprobs(rollout) for _, rollout in sampled))
         async with asyncio.TaskGroup() as both:
             both.create_task(self._timed(prompt_id, "score", scores))
             both.create_task(self._timed(prompt_id, "reference", references))
@@ -173,6 +174,9 @@ class Pipeline:
                 for (receipt, rollout), score, ref_logprobs in judged
             ],
         )
+
+    async def _ref_logprobs(self, rollout: Ref) -> Ref | None:
+        return None if self._reference is None else await self._reference.logprobs(rollout)
 
     async def _learn(self) -> None:
         while self._step < self._config.steps and (batch := await self._next_batch()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ class PPOLearner:
         A skipped step's metrics lack what was not computed: kl, the losses and their kin.
 
         Args:
+            experiences: with the reference's log-probabilities; or all without, where the learner has LoRA and so the
+                reference in itself.
             kl_coef: weight of the per-token k1 penalty in the reward.
 
         Raises:
@@ -131,6 +134,8 @@ class PPOLearner:
         batch = collate(experiences, version=self._version, pad_id=self._tokenizer.pad_token_id)
         self._refuse_stale(batch)
         batch = to_device(batch, self._device)
+        if experiences[0].ref_logprobs is None:
+            batch = replace(batch, ref_logprobs=self._ppo.logprobs_without_lora(batch))
         metrics = _describe(batch) | {"kl_coef": kl_coef, "lr": self._set_learning_rate(), "skipped": 0.0}
         kl: list[float] | None = None
         try:
@@ -348,6 +353,6 @@ def _bad_sample(experience: Experience, cause: str) -> dict[str, Any]:
         "response_ids": list(rollout.response_ids),
         "score": f"{experience.score:.6g}",
         "rollout_logprobs": numbers(rollout.rollout_logprobs),
-        "ref_logprobs": numbers(experience.ref_logprobs.tolist()),
+        "ref_logprobs": numbers([] if experience.ref_logprobs is None else experience.ref_logprobs.tolist()),
         "policy_versions": list(rollout.policy_versions),
     }

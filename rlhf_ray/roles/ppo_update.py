@@ -29,6 +29,7 @@ from rlhf_ray.algorithms.rewards import token_rewards
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.batching import micro_batches_of_ranks, select
 from rlhf_ray.errors import ResourceError
+from rlhf_ray.models.lora import without_lora
 from rlhf_ray.models.policy import PolicyModel, PolicyOutput
 from rlhf_ray.models.sharding import whole
 from rlhf_ray.roles.ranks import Ranks
@@ -144,6 +145,17 @@ class PPOUpdate:
         stats = self._epochs(batch, targets) if computed is None else self._step(batch, targets, computed)
         return metrics | stats, targets.old_logprobs
 
+    @torch.no_grad()
+    def logprobs_without_lora(self, batch: Batch) -> Tensor:
+        """[B, T] log-probabilities under the model that LoRA was added to, nats, 0 where masked: the reference's."""
+
+        def read() -> Tensor:
+            with without_lora(self._model.language_model):
+                parts = [(rows, select(batch, rows)) for rows in self._pieces(batch)]
+                return self._of_all_ranks(batch, [(rows, self._read(part).logprobs) for rows, part in parts])
+
+        return self._within_memory(read)
+
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 arithmetic over float32 weights, where the learner's precision says so."""
         context: AbstractContextManager[None] = torch.autocast(
@@ -175,15 +187,17 @@ class PPOUpdate:
         """All ranks' rows in the batch's order and width, without gradient."""
 
         def joined(name: str) -> Any:
-            if getattr(computed[0][2], name) is None:
-                return None
-            everything = batch.rollout_logprobs.new_zeros(batch.response_mask.shape)
-            for rows, _, seen in computed:
-                values = getattr(seen, name).detach()
-                everything[rows, : values.shape[1]] = values
-            return self._ranks.sum(everything)
+            of_parts = [(rows, getattr(seen, name)) for rows, _, seen in computed]
+            return None if of_parts[0][1] is None else self._of_all_ranks(batch, of_parts)
 
         return Evaluation(logprobs=joined("logprobs"), values=joined("values"), entropy=joined("entropy"))
+
+    def _of_all_ranks(self, batch: Batch, of_parts: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
+        """[B, T], without gradient: what each rank has found out of its rows, cut to their longest response."""
+        everything = batch.rollout_logprobs.new_zeros(batch.response_mask.shape)
+        for rows, values in of_parts:
+            everything[rows, : values.shape[1]] = values.detach()
+        return self._ranks.sum(everything)
 
     def _within_memory(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """``work()``; where memory runs out, once in a run, with half the micro-batch budget: ``again()``, or the same.
@@ -215,6 +229,17 @@ class PPOUpdate:
         return self._within_memory(again or work)
 
     def _forward(self, batch: Batch) -> Evaluation:
+        output = self._read(
+            batch,
+            with_values=self._critic,
+            values_apart=self._critic_only,
+            with_entropy=True,
+            entropy_gradient=self._config.ppo.entropy_coef > 0,
+        )
+        assert output.entropy is not None
+        return Evaluation(logprobs=output.logprobs, values=output.values, entropy=output.entropy)
+
+    def _read(self, batch: Batch, **wanted: bool) -> PolicyOutput:
         with self.autocast():
             output: PolicyOutput = self._model(
                 batch.input_ids,
@@ -222,13 +247,9 @@ class PPOUpdate:
                 batch.response_ids,
                 batch.response_mask,
                 temperature=self._config.sampling.temperature,
-                with_values=self._critic,
-                values_apart=self._critic_only,
-                with_entropy=True,
-                entropy_gradient=self._config.ppo.entropy_coef > 0,
+                **wanted,
             )
-        assert output.entropy is not None
-        return Evaluation(logprobs=output.logprobs, values=output.values, entropy=output.entropy)
+        return output
 
     @torch.no_grad()
     def _targets(self, batch: Batch, before: Evaluation, kl_coef: float) -> tuple[Targets, dict[str, float]]:

@@ -125,7 +125,7 @@ class Workers:
     """The loop's actors."""
 
     learner: RayLearner
-    reference: RayReference
+    reference: RayReference | None
     scorers: RayScorers
     pool: GeneratorPool
 
@@ -205,8 +205,9 @@ async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, st
     config, folder = prepared.config, prepared.model_folder
     learner = RayLearner.start(config, folder, critic)
     stack.callback(learner.close)
-    reference = RayReference.start(config, reference_options(config, folder))
-    stack.callback(reference.close)
+    reference = RayReference.start(config, reference_options(config, folder)) if config.reference.count else None
+    if reference is not None:
+        stack.callback(reference.close)
     scorers = RayScorers.start(config, handle)
     stack.callback(scorers.close)
     options = engine_options(config, folder, context_length=prepared.context_length)
@@ -230,7 +231,7 @@ async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, st
             raise
         return generator
 
-    await wait_ready({**learner.ready_refs(), **reference.ready_refs(), **scorers.ready_refs()})
+    await wait_ready({**learner.ready_refs(), **(reference.ready_refs() if reference else {}), **scorers.ready_refs()})
     section = config.generator
     pool = GeneratorPool(
         make,

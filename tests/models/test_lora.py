@@ -10,7 +10,7 @@ import torch
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.loading import load_policy_model
-from rlhf_ray.models.lora import add_lora, merged_state
+from rlhf_ray.models.lora import add_lora, merged_state, without_lora
 
 IDS = torch.arange(5, 25).unsqueeze(0)
 
@@ -45,6 +45,18 @@ def test_the_merged_state_is_the_trained_model(plain: Any, tiny_model_dir: Path)
     assert not torch.allclose(trained, plain(input_ids=IDS).logits, atol=1e-2)
     plain.load_state_dict(merged_state(model))
     assert torch.allclose(plain(input_ids=IDS).logits, trained, atol=1e-4)
+
+
+def test_the_model_it_was_added_to_can_be_read_without_it(plain: Any, tiny_model_dir: Path) -> None:
+    model = with_lora(tiny_model_dir)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.2)
+    trained = model(input_ids=IDS).logits
+    with without_lora(model):
+        assert torch.allclose(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-6)
+    assert torch.equal(model(input_ids=IDS).logits, trained)
+    assert not torch.allclose(trained, plain(input_ids=IDS).logits, atol=1e-2)
 
 
 def test_the_layers_can_be_chosen_and_the_head_is_left_out(tiny_model_dir: Path) -> None:

@@ -381,6 +381,16 @@ def test_after_loading_the_next_step_is_bit_for_bit_what_it_would_have_been(
     assert resumed.train_step(batch(version=2), kl_coef=0.1).metrics == third.metrics
 
 
+def test_under_lora_the_learner_can_be_its_own_reference(make_learner: MakeLearner, tiny_model_dir: Path) -> None:
+    told, alone = make_learner(lora_rank=4), make_learner(lora_rank=4, micro_batch_tokens=24)
+    for version in range(3):
+        experiences = with_true_numbers(batch(version=version), tiny_model_dir)
+        expected = told.train_step(experiences, kl_coef=0.5).metrics
+        metrics = alone.train_step([replace(e, ref_logprobs=None) for e in experiences], kl_coef=0.5).metrics
+        assert metrics == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    assert expected["kl_k3"] > 1e-3, "the policy has left the reference"
+
+
 def test_a_checkpoint_of_the_start_undoes_later_steps(make_learner: MakeLearner, tmp_path: Path) -> None:
     learner = make_learner()
     learner.save(tmp_path / "checkpoint")

@@ -34,6 +34,10 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "a critic of its own": {"learner": {"critic": "model"}},
     "lora": {"learner": {"lora_rank": 4, "lora_alpha": 8.0}, "ppo": {"epochs": 2}},
+    "lora as its own reference": {
+        "learner": {"lora_rank": 4, "micro_batch_tokens": 24},
+        "reference": {"count": 0},
+    },
     "groups that ranks share": {"ppo": {"estimator": "rloo", "completions": 2}},
     "grpo with its KL in the loss": {
         "ppo": {"estimator": "grpo", "completions": 4, "kl": {"coef": 0.0, "loss": "k3", "loss_coef": 0.1}},
@@ -50,6 +54,7 @@ def make_learner(folder: Path, out: Path, settings: Mapping[str, Any], ranks: Ra
             "prompts": {"path": "unused", "eval_path": "unused"},
             "learner": {"lr": 1e-3, "threads": 1, "precision": "float32", **settings.get("learner", {})},
             "ppo": {"batch_size": 8, **settings.get("ppo", {})},
+            "reference": settings.get("reference", {}),
         }
     )
     critic = str(folder) if config.learner.critic == "model" else None
@@ -79,7 +84,13 @@ def batch(version: int, completions: int = 1) -> list[Experience]:
 
 def train(learner: PPOLearner, settings: Mapping[str, Any]) -> list[StepReport]:
     completions = settings.get("ppo", {}).get("completions", 1)
-    return [learner.train_step(batch(learner.version, completions), kl_coef=0.05) for _ in range(STEPS)]
+    reports = []
+    for _ in range(STEPS):
+        experiences = batch(learner.version, completions)
+        if "reference" in settings:
+            experiences = [replace(e, ref_logprobs=None) for e in experiences]
+        reports.append(learner.train_step(experiences, kl_coef=0.05))
+    return reports
 
 
 def outcome(learner: PPOLearner, reports: Sequence[StepReport]) -> dict[str, Any]:

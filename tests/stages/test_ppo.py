@@ -147,14 +147,21 @@ def test_two_ranks_at_staleness_zero_train_only_on_what_the_newest_policy_sample
         run_ppo(longer)
 
 
-def test_a_run_without_a_critic_compares_the_responses_to_each_prompt(cluster: None, make_config: Any) -> None:
+def test_a_run_without_a_critic_compares_the_responses_to_each_prompt_and_lora_needs_no_reference_worker(
+    cluster: None, make_config: Any
+) -> None:
     config = make_config(
         name="groups",
         ppo={"estimator": "rloo", "completions": 4, "steps": 2, "samples_per_step": 8},
         generator={"count": 1},
+        learner={"lora_rank": 4, "lr": 1e-2},
+        reference={"count": 0},
     )
     summary = run_ppo(config)
     assert (summary.status, summary.samples, summary.lost, summary.trained_twice) == ("finished", 2 * BATCH, 0, 0)
+    kl = [row["kl_k3"] for row in read_lines(config.run_dir / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[1] > 1e-5, "the first step has led the policy away from its base"
     rows = read_lines(config.run_dir / "samples.jsonl")
     assert [row["prompt_id"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     for start in range(0, 16, 4):
