@@ -262,17 +262,56 @@ def ppo(
 
 
 @app.command(
-    epilog=_examples("rlhf-ray evaluate -c run.yaml", "rlhf-ray evaluate -c run.yaml --set evaluate.max_prompts=16")
+    epilog=_examples(
+        "rlhf-ray evaluate -c run.yaml",
+        "rlhf-ray evaluate -c run.yaml --set evaluate.max_prompts=16",
+        "rlhf-ray evaluate -c run.yaml --policy runs/second/policy --baseline runs/first/policy",
+        "rlhf-ray evaluate -c run.yaml --policy Qwen/Qwen2.5-0.5B-Instruct --prompts questions.jsonl",
+        "rlhf-ray evaluate -c run.yaml --judge my_judge:helpful --output first_try.json",
+    )
 )
-def evaluate(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Compare the trained policy with the base on held-out prompts: evaluation.json."""
-    with _reported():
-        run, console = _begin(config, overrides)
-        with _claimed(run):
-            from rlhf_ray.demo import run_evaluate, run_report
+def evaluate(
+    config: ConfigOption,
+    policy: Annotated[
+        str | None, typer.Option("--policy", metavar="MODEL", help="Judge this one (evaluate.policy), not the run's.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="MODEL", help="Against this one (evaluate.baseline), not model.path."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="On these (evaluate.prompts), not prompts.eval_path."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="vader|MODULE:NAME|SCORER", help="Who decides (evaluate.judge): vader by default."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE.json", help="Where the result goes (evaluate.output).")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Compare two policies on the same prompts, by default the run's with its base on held-out ones: evaluation.json.
 
-            run_evaluate(run, console)
-            run_report(run, console)
+    A MODEL is whatever model.path takes, and shares its tokenizer. The KL of both policies is to model.path.
+
+    Any other comparison than the run's own goes into comparisons/, and leaves evaluation.json and report.html alone.
+    """
+    with _reported():
+        named = {"policy": policy, "baseline": baseline, "prompts": prompts, "judge": judge, "output": output}
+        flags = [f"evaluate.{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+        run, console = _begin(config, [*(overrides or ()), *flags])
+        with _claimed(run):
+            from rlhf_ray.demo import run_comparison_page, run_evaluate, run_report
+
+            found = run_evaluate(run, console)
+            if run.evaluate.of_the_run:
+                run_report(run, console)
+            else:
+                run_comparison_page(run, console, found)
 
 
 @app.command(epilog=_examples("rlhf-ray report -c run.yaml", "rlhf-ray report -c run.yaml --set report.samples=40"))

@@ -557,11 +557,49 @@ class FunctionScorerConfig(ScorerConfig):
 AnyScorerConfig = Annotated[ServedScorerConfig | RemoteScorerConfig | FunctionScorerConfig, Field(discriminator="kind")]
 
 
+def _judge_name(judge: str) -> str:
+    return _import_path(judge) if ":" in judge else judge
+
+
+def _comparison_file(path: Path | None) -> Path | None:
+    if path is not None and (path.suffix != ".json" or path.name == "evaluation.json"):
+        raise PydanticCustomError("file", "a file that ends with .json, and not evaluation.json, which is a run's own")
+    return path
+
+
 class EvaluateConfig(Section):
-    """Base against trained on held-out prompts."""
+    """Two policies on the same prompts; by default the run's base model and its trained policy, on held-out ones."""
 
     samples_per_prompt: int = Field(4, ge=1, description="Responses sampled from each policy for each prompt.")
-    max_prompts: int | None = Field(None, ge=1, description="Use only the first N held-out prompts; default all.")
+    max_prompts: int | None = Field(None, ge=1, description="Use only the first N prompts; default all.")
+    policy: str | None = Field(
+        None,
+        min_length=1,
+        description="The policy that is judged: whatever model.path takes, such as the policy folder of another run; "
+        "default: the run's own. It must share the tokenizer of model.path, and so must baseline.",
+    )
+    baseline: str | None = Field(
+        None, min_length=1, description="What it is compared with, of the same forms; default: model.path."
+    )
+    prompts: str | None = Field(
+        None, min_length=1, description="Another prompt file, of prompts.path's form; default: prompts.eval_path."
+    )
+    judge: Annotated[str, AfterValidator(_judge_name)] = Field(
+        "vader",
+        min_length=1,
+        description="Who decides which response wins. vader: sentiment by the VADER lexicon; module:name: a Python "
+        "function with TRL's reward signature; the name of one of scorers: what it adds to the loop's score.",
+    )
+    output: Annotated[Path | None, AfterValidator(_comparison_file)] = Field(
+        None,
+        description="JSON file for the comparison, with a page beside it; default: evaluation.json in the run's folder "
+        "for the run's own policy, baseline and prompts, and else a file of the pair's name in its comparisons/.",
+    )
+
+    @property
+    def of_the_run(self) -> bool:
+        """Whether this is the run's own comparison, which its report and its summary show."""
+        return self.policy is None and self.baseline is None and self.prompts is None and self.output is None
 
 
 class ReportConfig(Section):
@@ -760,5 +798,11 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         )
     if config.prompts.path == config.prompts.eval_path:
         yield f"prompts.eval_path = {config.prompts.path} is the training file; evaluation needs other prompts"
+    judge, scorers = config.evaluate.judge, [scorer.name for scorer in config.scorers]
+    if judge != "vader" and ":" not in judge and judge not in scorers:
+        yield (
+            f"evaluate.judge = {judge} is neither vader, nor module:name of a Python function, nor one of the run's "
+            f"scorers ({', '.join(scorers)})"
+        )
     if not all(0 <= beta < 1 for beta in config.learner.betas):
         yield f"learner.betas = {list(config.learner.betas)} must each be at least 0 and below 1"

@@ -17,9 +17,12 @@ from rlhf_ray.cluster import PeakMemory, check_resources, connected, trainer_nee
 from rlhf_ray.config import RunConfig
 from rlhf_ray.metrics import read_summary, write_summary
 from rlhf_ray.pipeline.summary import RunSummary
+from rlhf_ray.report.comparison import comparison_lines
 from rlhf_ray.report.console import Console
 from rlhf_ray.roles.judge import VaderJudge
 from rlhf_ray.stages import collect, dpo, evaluate_run, judge, ppo, report, reward, serve, sft
+from rlhf_ray.stages.evaluate import Evaluation, pairing
+from rlhf_ray.stages.evaluate_input import make_judge
 from rlhf_ray.stages.prepare import check_scorers, prepare
 from rlhf_ray.stages.serve import ServedReward
 
@@ -64,7 +67,9 @@ def run_demo(config: RunConfig, console: Console) -> dict[str, Any]:
 
 def check_inputs(config: RunConfig) -> None:
     """Refuse now what a later stage would refuse after minutes of work: a prompt file, the model, a scorer, a port."""
-    VaderJudge()
+    if config.serves_reward:
+        VaderJudge()
+    make_judge(config)
     check_scorers(config)
     prepared = prepare(config, config.prompts.path, config.prompts.eval_path)
     prepared.encode(config.prompts.path)
@@ -132,9 +137,10 @@ def run_ppo(
     return summary
 
 
-def run_evaluate(config: RunConfig, console: Console, *, service: ServedReward | None = None) -> None:
-    """Compare base and trained."""
-    about = "base against trained on held-out prompts"
+def run_evaluate(config: RunConfig, console: Console, *, service: ServedReward | None = None) -> Evaluation:
+    """Compare two policies."""
+    pair = pairing(config)
+    about = f"{pair.trained.name} against {pair.base.name} on {pair.prompts}, judged by {pair.judge}"
     with console.stage("evaluate", about) as stage, console.progress("responses") as progress:
         found = evaluate_run.run_evaluate(config, service=service, progress=progress)
         win = found.win_rate
@@ -142,6 +148,16 @@ def run_evaluate(config: RunConfig, console: Console, *, service: ServedReward |
             f"gold {found.base.gold:.2f} to {found.trained.gold:.2f}, win rate {win.value:.2f} "
             f"({win.low:.2f} to {win.high:.2f}), KL {found.trained.kl:.1f} nats"
         )
+    for line in comparison_lines(found):
+        console.say(f"      {line}".rstrip())
+    return found
+
+
+def run_comparison_page(config: RunConfig, console: Console, found: Evaluation) -> None:
+    """Write the page of a comparison that is not the run's own."""
+    with console.stage("report", "the comparison as one page") as stage:
+        output = pairing(config).output
+        stage.outcome = f"wrote {output} and {report.write_comparison(config, found)}"
 
 
 def run_report(config: RunConfig, console: Console) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from rlhf_ray.cli import PRODUCTS, app
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ModelError, ParityError
+from rlhf_ray.stages.evaluate import EvalRow, Evaluation, compare
 
 COMMANDS = ("demo", "collect", "judge", "reward", "serve", "sft", "dpo", "ppo", "evaluate", "report")
 
@@ -120,6 +122,48 @@ def test_overrides_reach_the_stage(stand_in: Callable[..., Any], config_file: Pa
     assert result.exit_code == 0, result.output
     assert (calls[0]["config"].learner.lr, calls[0]["config"].ppo.steps, calls[0]["resume"]) == (1e-6, 7, False)
     assert "finished at step 100, 3.50 samples/s; took" in result.output
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    row = EvalRow(prompt="The train", sample=0, response="so", tokens=1, truncated=False, gold=0.0, score=None, kl=0.0)
+    return compare([row], [replace(row, response="a joy", gold=1.0)])
+
+
+def test_evaluate_takes_the_pair_the_prompts_and_the_judge_as_flags(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path, tmp_path: Path, evaluation: Evaluation
+) -> None:
+    calls = stand_in("rlhf_ray.stages.evaluate_run", "run_evaluate", evaluation)
+    output = tmp_path / "result.json"
+    flags = {"policy": "org/a", "baseline": "runs/b: c/policy", "prompts": "007", "judge": "my:judge", "output": output}
+    arguments = [argument for flag, value in flags.items() for argument in (f"--{flag}", value)]
+    result = run("evaluate", "-c", config_file, *arguments, "--set", "evaluate.policy=org/other")
+    assert result.exit_code == 0, result.output
+    section = calls[0]["config"].evaluate
+    assert {flag: getattr(section, flag) for flag in flags} == flags, "a flag goes before --set"
+    assert "evaluate: a against b: c on 007, judged by my:judge" in result.output
+    assert "trained wins 100.0% (95 % interval 100.0% to 100.0%), ties (0%) count half; judged by vader" in (
+        result.output
+    )
+    assert "a joy" in (tmp_path / "result.html").read_text()
+    assert not (run_dir / "report.html").exists()
+
+
+def test_evaluate_without_flags_renews_the_run_s_report(
+    stand_in: Callable[..., Any], config_file: Path, run_dir: Path, evaluation: Evaluation
+) -> None:
+    calls = stand_in("rlhf_ray.stages.evaluate_run", "run_evaluate", evaluation)
+    result = run("evaluate", "-c", config_file)
+    assert result.exit_code == 0, result.output
+    assert calls[0]["config"].evaluate.of_the_run
+    assert f"wrote {run_dir / 'report.html'}" in result.output
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+
+
+def test_evaluate_refuses_an_unknown_judge_in_a_sentence(config_file: Path) -> None:
+    result = run("evaluate", "-c", config_file, "--judge", "me")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: evaluate.judge = me is neither vader, nor module:name")
 
 
 def test_an_input_error_from_a_stage_is_one_sentence_and_exit_code_2(

@@ -97,7 +97,8 @@ def test_what_is_saved_loads_as_the_same(file: Path, tmp_path: Path) -> None:
         ("learner:\n  batch_size: 4", "learner.batch_size (run.yaml:7) is not a key; did you mean ppo.batch_size"),
         (
             "evaluate:\n  zzz: 4",
-            "evaluate.zzz (run.yaml:7) is not a key; the keys of evaluate are samples_per_prompt, max_prompts",
+            "evaluate.zzz (run.yaml:7) is not a key; the keys of evaluate are samples_per_prompt, max_prompts, policy, "
+            "baseline, prompts, judge, output",
         ),
     ],
 )
@@ -302,6 +303,39 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
 )
 def test_values_that_cannot_work_together_are_refused(file: Path, more: str, sentence: str) -> None:
     assert refusal(file, more) == sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "judge=helpful",
+            "evaluate.judge = helpful is neither vader, nor module:name of a Python function, nor one of the run's "
+            "scorers (reward) (--set)",
+        ),
+        (
+            "judge=my judge:helpful",
+            'evaluate.judge (--set) must be a module and a name in it, such as rewards:brevity, not "my judge:helpful"',
+        ),
+        (
+            "output=runs/x/evaluation.json",
+            "evaluate.output (--set) must be a file that ends with .json, and not evaluation.json, which is a run's "
+            'own, not "runs/x/evaluation.json"',
+        ),
+        (
+            "output=table.csv",
+            "evaluate.output (--set) must be a file that ends with .json, and not evaluation.json, which is a run's "
+            'own, not "table.csv"',
+        ),
+    ],
+)
+def test_a_judge_or_a_file_that_evaluation_cannot_use_is_refused(file: Path, override: str, sentence: str) -> None:
+    assert refusal(file, "", f"evaluate.{override}") == sentence
+
+
+@pytest.mark.parametrize("judge", ["vader", "reward", "my.judges:helpful"])
+def test_a_judge_is_vader_a_scorer_or_a_function(file: Path, judge: str) -> None:
+    assert load(file, "", f"evaluate.judge={judge}").evaluate.judge == judge
 
 
 def test_evaluating_on_the_training_prompts_is_refused(file: Path) -> None:

@@ -46,7 +46,9 @@ def read_prompts(path: str) -> list[str]:
         lines = _locate(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     except OSError as error:
         reason = error.strerror or "it cannot be read"
-        raise DataError(f"{path}: {reason}; name a JSONL file in prompts.path or prompts.eval_path") from error
+        raise DataError(
+            f"{path}: {reason}; name a JSONL file in prompts.path, prompts.eval_path or evaluate.prompts"
+        ) from error
     if lines == [b""]:
         raise DataError(f'{path} holds no prompt; write one JSON object {{"prompt": "..."}} on each line')
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]

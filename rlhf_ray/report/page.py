@@ -18,17 +18,18 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from rlhf_ray.config import RESOLVED_FILE
 from rlhf_ray.errors import DataError
 from rlhf_ray.metrics import METRICS_FILE, SAMPLES_FILE, read_lines, read_summary
 from rlhf_ray.models.reward import QUALITY_FILE
 from rlhf_ray.report.charts import BOTTOM, HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Chart, ChartSpec, draw, short
+from rlhf_ray.report.comparison import comparison_rows, first_of_each_prompt
 from rlhf_ray.report.reward_section import reward_section
 from rlhf_ray.report.step_table import duration
 from rlhf_ray.roles.judge import SIMULATED_ANNOTATOR, VaderJudge
-from rlhf_ray.stages.evaluate import Evaluation, PairedSample, load_evaluation
+from rlhf_ray.stages.evaluate import Evaluation, load_evaluation
 
 REPORT_FILE = "report.html"
 LEARNER_STAGES = {"train": "training", "wait": "waiting for samples", "publish": "publishing", "checkpoint": "saving"}
@@ -42,7 +43,7 @@ CHARTS: Mapping[str, tuple[ChartSpec, ...]] = {
         ),
         ChartSpec(
             title="Gold score",
-            about="mean verdict of the judge that PPO never sees",
+            about="mean verdict of VADER, the simulated labeller, which PPO never sees",
             series={"gold_mean": "gold"},
         ),
         ChartSpec(
@@ -189,38 +190,85 @@ def write_report(run_dir: Path, *, samples: int = 12) -> Path:
     if SIMULATED_ANNOTATOR in (reward or {}).get("annotators", ()):
         rows = with_gold(rows, read_lines(run_dir / SAMPLES_FILE), VaderJudge().score)
     sections, absent = draw_all(rows)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = _template("report.html").render(
         name=run_dir.resolve().name,
         summary=summary,
         facts=_facts(rows, summary, config_text),
         notice=_simulated_notice(summary, evaluation, reward),
-        by_preference=any(f"{stage}_steps" in summary for stage in ("sft", "dpo")),
+        about_gold=_about_gold(evaluation.judge, any(f"{stage}_steps" in summary for stage in ("sft", "dpo")))
+        if evaluation
+        else "",
         figures=headline(summary, evaluation, reward),
         sections=sections,
         absent=absent,
         step_mean=math.ceil(len(rows) / MAX_POINTS),
         frame={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, "width": WIDTH, "height": HEIGHT},
         evaluation=evaluation,
-        comparison=_comparison(evaluation),
+        comparison=comparison_rows(evaluation) if evaluation else [],
         samples=first_of_each_prompt(evaluation.samples if evaluation else (), samples),
         reward=reward_section(reward),
         stages=_stage_bars(summary),
         config_text=config_text,
-        version=_version(),
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        **_written(),
     )
-    path = run_dir / REPORT_FILE
+    return _write(run_dir / REPORT_FILE, page)
+
+
+def write_comparison_page(path: Path, evaluation: Evaluation, *, samples: int = 12) -> Path:
+    """Write a comparison of any two policies as a page of its own and return its path.
+
+    ``samples`` is the number of prompts shown with both policies' responses.
+    """
+    page = _template("comparison.html").render(
+        notice=_simulated_notice({}, evaluation, None),
+        figures=[*_evaluated(evaluation), _kl({}, evaluation)],
+        evaluation=evaluation,
+        about_gold=_about_gold(evaluation.judge, False),
+        comparison=comparison_rows(evaluation),
+        samples=first_of_each_prompt(evaluation.samples, samples),
+        **_written(),
+    )
+    return _write(path, page)
+
+
+def _template(name: str) -> Template:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)
+
+
+def _written() -> dict[str, str]:
+    return {"version": _version(), "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
+
+
+def _write(path: Path, page: str) -> Path:
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, "utf-8")
     temporary.replace(path)
     return path
+
+
+def _about_gold(judge: str, by_preference: bool) -> str:
+    """What the gold score is, and what follows where it and the score part ways."""
+    if judge.startswith("scorer "):
+        return (
+            f"Gold is what {judge} adds to the loop's score: how much of it each policy gets. A policy that was "
+            "trained on it has learned to please it, so it is no independent judge."
+        )
+    if judge != "vader":
+        return (
+            f"Gold is the verdict of {judge}; where the score rises and gold does not, the scorers are over-optimised."
+        )
+    if by_preference:
+        return "Gold is VADER's verdict; where it also made the comparisons, the policy learned from it directly."
+    return (
+        "Gold is the verdict of VADER, a judge that PPO never sees; where the score rises and gold does not, the "
+        "reward model is being over-optimised."
+    )
 
 
 def draw_all(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Chart]], list[str]]:
@@ -246,14 +294,6 @@ def headline(
     return [*_evaluated(evaluation), _kl(summary, evaluation), *(tuned or (_accuracy(reward), *_loop(summary)))]
 
 
-def first_of_each_prompt(samples: Sequence[PairedSample], limit: int) -> list[PairedSample]:
-    """The first pair of each of the first ``limit`` prompts: chosen by place, not by how well they came out."""
-    first: dict[str, PairedSample] = {}
-    for sample in samples:
-        first.setdefault(sample.prompt, sample)
-    return list(first.values())[:limit]
-
-
 def _evaluated(evaluation: Evaluation | None) -> list[Figure]:
     if evaluation is None:
         note = "no evaluation yet: rlhf-ray evaluate"
@@ -263,13 +303,15 @@ def _evaluated(evaluation: Evaluation | None) -> list[Figure]:
         Figure(
             label="Gold score",
             value=f"{evaluation.base.gold:.2f} → {evaluation.trained.gold:.2f}",
-            note=f"{gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f}) on {evaluation.prompts} held-out prompts",
+            note=f"{gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f}) on {evaluation.prompts} prompts, "
+            f"judged by {evaluation.judge}",
             good=True if gain.low > 0 else False if gain.high < 0 else None,
         ),
         Figure(
             label="Win rate",
             value=f"{win.value:.0%}",
-            note=f"{win.low:.0%} to {win.high:.0%}, trained over base; ties ({evaluation.tie_share:.0%}) count half",
+            note=f"{win.low:.0%} to {win.high:.0%}, {evaluation.trained_name} over {evaluation.base_name}; "
+            f"ties ({evaluation.tie_share:.0%}) count half",
             good=True if win.low > 0.5 else False if win.high < 0.5 else None,
         ),
     ]
@@ -277,7 +319,11 @@ def _evaluated(evaluation: Evaluation | None) -> list[Figure]:
 
 def _kl(summary: Mapping[str, Any], evaluation: Evaluation | None) -> Figure:
     if evaluation is not None:
-        return Figure(label="KL", value=f"{evaluation.trained.kl:.1f}", note="nats per response on held-out prompts")
+        return Figure(
+            label="KL",
+            value=f"{evaluation.trained.kl:.1f}",
+            note=f"nats per response of {evaluation.trained_name}, to the reference",
+        )
     if summary.get("kl_last") is not None:
         return Figure(label="KL", value=f"{summary['kl_last']:.1f}", note="nats per response at the last step")
     note = "no evaluation yet: rlhf-ray evaluate" if _tuned(summary) else "no PPO step yet: rlhf-ray ppo"
@@ -350,28 +396,6 @@ def _loop(summary: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def _comparison(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
-    """(what, base, trained) for the table beside the samples."""
-    if evaluation is None:
-        return []
-    base, trained = evaluation.base, evaluation.trained
-    return [
-        ("Gold score", f"{base.gold:.3f}", f"{trained.gold:.3f}"),
-        *_scores(base.score, trained.score),
-        ("KL, nats per response", f"{base.kl:.2f}", f"{trained.kl:.2f}"),
-        ("Tokens per response", f"{base.tokens:.1f}", f"{trained.tokens:.1f}"),
-        ("Truncated", f"{base.truncated_share:.0%}", f"{trained.truncated_share:.0%}"),
-        ("Distinct words", f"{base.distinct_1:.2f}", f"{trained.distinct_1:.2f}"),
-        ("Distinct word pairs", f"{base.distinct_2:.2f}", f"{trained.distinct_2:.2f}"),
-    ]
-
-
-def _scores(base: float | None, trained: float | None) -> list[tuple[str, str, str]]:
-    if base is None or trained is None:
-        return []
-    return [("Score, as PPO raises it", f"{base:.3f}", f"{trained:.3f}")]
-
-
 def _facts(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], config_text: str | None) -> list[str]:
     config = yaml.safe_load(config_text) if config_text else {}
     facts = [str(config["model"]["path"])] if config else []
@@ -404,7 +428,7 @@ def _simulated_notice(
     }
     taught = [learner for learner, annotators in learners.items() if _any_simulated(annotators)]
     roles = [f"compared the responses that {' and '.join(taught)} learned from"] if taught else []
-    roles += ["gave the gold scores below"] if evaluation is not None else []
+    roles += ["gave the gold scores below"] if evaluation is not None and evaluation.judge == "vader" else []
     if not roles:
         return None
     return (

@@ -1,8 +1,10 @@
-"""Evaluate: the base policy against the trained one on held-out prompts.
+"""Evaluate: two policies on the same prompts; by default a run's base and its trained policy, on held-out ones.
 
 The gold judge decides; the score that PPO raised, which never saw that judge, stands beside it. A score that rises
 while gold falls is over-optimisation (Gao et al. 2022), and this is where it shows. A run without a reward model, by
-SFT or DPO, has no scores. Who samples and scores is handed in.
+SFT or DPO, has no scores. Who samples, judges and scores is handed in.
+
+Of any two policies "base" is the baseline, "trained" the one that is judged; the KL of both is to ``model.path``.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -22,16 +24,81 @@ from rlhf_ray.metrics import write_json, write_summary
 from rlhf_ray.types import Rollout, Score
 
 EVALUATION_FILE = "evaluation.json"
+COMPARISONS_FOLDER = "comparisons"
+"""In the run's folder: comparisons of other pairs, or on other prompts, than the run's own."""
 RESAMPLES = 2000
 """Bootstrap resamples; their spread changes an interval's ends by less than they are printed to."""
 
 Sampler = Callable[[Sequence[str]], Sequence[Sequence[Rollout]]]
-"""Model folders or ids → of each, its responses to the held-out prompts, ``evaluate.samples_per_prompt`` each."""
-Gold = Callable[[str], float]
-"""Response text → the judge's verdict; higher is better."""
+"""Two policies as a person named them → of each, its responses to the prompts, ``evaluate.samples_per_prompt`` each."""
+Gold = Callable[[Sequence[Rollout], Sequence[Score] | None], Sequence[float]]
+"""Rollouts, and what the scorers gave them if anything scores → the judge's verdicts; higher is better."""
 Measure = Callable[[Sequence[Rollout]], tuple[Sequence[Score] | None, Sequence[np.ndarray]]]
 """Rollouts → their scores, if anything scores; and one [T] array each, the reference's log-probabilities of the
 response, nats, same temperature."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """One of the two policies."""
+
+    name: str
+    """For people: the run's name of a ``policy`` folder, else the last part of the path."""
+    path: str
+    """As ``model.path`` takes it."""
+    key: str
+    """Of the configuration, that names it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """Who is compared, on what, by whom, and where the result goes."""
+
+    base: Contender
+    trained: Contender
+    prompts: str
+    judge: str
+    """"vader", a function's ``module:name``, or "scorer NAME"."""
+    output: Path
+
+
+def pairing(config: RunConfig) -> Pairing:
+    """What ``evaluate`` of this configuration compares; nothing is looked at yet."""
+    section = config.evaluate
+    own = config.output_dir.expanduser().resolve() / config.name / "policy"  # the same from whatever folder
+    policy, baseline = section.policy or str(own), section.baseline or config.model.path
+    names = _name(policy), _name(baseline)
+    if names[0] == names[1]:
+        names = policy, baseline
+    trained = Contender(name=names[0], path=policy, key="evaluate.policy")
+    base = Contender(
+        name=names[1], path=baseline, key="model.path" if section.baseline is None else "evaluate.baseline"
+    )
+    judged_by_scorer = section.judge != "vader" and ":" not in section.judge
+    return Pairing(
+        base=base,
+        trained=trained,
+        prompts=section.prompts or config.prompts.eval_path,
+        judge=f"scorer {section.judge}" if judged_by_scorer else section.judge,
+        output=_output(config, trained, base),
+    )
+
+
+def _name(path: str) -> str:
+    parts = PurePath(path)
+    return parts.parent.name if parts.name == "policy" and parts.parent.name else parts.name.removesuffix(".gguf")
+
+
+def _output(config: RunConfig, trained: Contender, base: Contender) -> Path:
+    section = config.evaluate
+    if section.of_the_run:
+        return config.run_dir / EVALUATION_FILE
+    if section.output is not None:
+        return section.output.expanduser()
+    name = f"{trained.name} over {base.name}"
+    if section.prompts is not None:
+        name += f" on {PurePath(section.prompts.removeprefix('recipe:')).stem}"
+    return config.run_dir / COMPARISONS_FOLDER / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-')[:200]}.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +134,7 @@ class Side:
     gold: float
     score: float | None
     kl: float
-    """Nats per response."""
+    """Nats per response, to ``model.path`` of the run."""
     tokens: float
     truncated_share: float
     distinct_1: float
@@ -91,7 +158,7 @@ class PairedSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What ``evaluation.json`` holds."""
+    """What ``evaluation.json`` holds, and the file of any other comparison."""
 
     prompts: int
     samples_per_prompt: int
@@ -106,56 +173,87 @@ class Evaluation:
     tie_share: float
     samples: tuple[PairedSample, ...]
     """Every pair, in the order of the prompts."""
+    base_name: str = "base"
+    trained_name: str = "trained"
+    base_path: str | None = None
+    trained_path: str | None = None
+    """As the policies were named, and None in a file from before they were written down; so are the next two."""
+    reference: str | None = None
+    """What the KL of both sides is measured against."""
+    prompts_path: str | None = None
+    judge: str = "vader"
+    """Who gave the gold scores: "vader", a function's ``module:name``, or "scorer NAME"."""
 
 
 def evaluate(config: RunConfig, *, sample: Sampler, gold: Gold, measure: Measure) -> Evaluation:
-    """Sample from both policies, judge, compare, and write ``evaluation.json`` and the summary's figures.
+    """Sample from both policies, judge, compare, and write what was found.
+
+    The run's own comparison goes into ``evaluation.json`` and the summary; any other into a file of its own.
 
     Raises:
-        ModelError: the run has no trained policy yet.
+        ModelError: the run has no trained policy yet, and no other one is named.
     """
-    trained = trained_policy(config)
+    check_trained_policy(config)
+    pair = pairing(config)
     sides = []
-    for rollouts in sample([config.model.path, str(trained)]):
+    for rollouts in sample([pair.base.path, pair.trained.path]):
         scores, reference_logprobs = measure(rollouts)
-        sides.append(rows(rollouts, gold=gold, scores=scores, reference_logprobs=reference_logprobs))
-    evaluation = compare(*sides, seed=config.seed)
-    write_json(config.run_dir / EVALUATION_FILE, asdict(evaluation))
-    write_summary(
-        config.run_dir,
-        {
-            "gold_before": evaluation.base.gold,
-            "gold_after": evaluation.trained.gold,
-            "win_rate": evaluation.win_rate.value,
-            "kl_evaluation": evaluation.trained.kl,
-        },
+        verdicts = gold(rollouts, scores)
+        sides.append(rows(rollouts, gold=verdicts, scores=scores, reference_logprobs=reference_logprobs))
+    evaluation = replace(
+        compare(*sides, seed=config.seed),
+        base_name=pair.base.name,
+        trained_name=pair.trained.name,
+        base_path=pair.base.path,
+        trained_path=pair.trained.path,
+        reference=config.model.path,
+        prompts_path=pair.prompts,
+        judge=pair.judge,
     )
+    pair.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(pair.output, asdict(evaluation))
+    if config.evaluate.of_the_run:
+        write_summary(config.run_dir, _figures(evaluation))
     return evaluation
 
 
-def trained_policy(config: RunConfig) -> Path:
-    """The run's exported policy.
+def _figures(evaluation: Evaluation) -> dict[str, float | str]:
+    """What the run's summary says of it."""
+    return {
+        "gold_before": evaluation.base.gold,
+        "gold_after": evaluation.trained.gold,
+        "gold_judge": evaluation.judge,
+        "win_rate": evaluation.win_rate.value,
+        "kl_evaluation": evaluation.trained.kl,
+    }
 
+
+def check_trained_policy(config: RunConfig) -> None:
+    """
     Raises:
-        ModelError: the run has none yet.
+        ModelError: the run's own policy is to be judged, and there is none yet.
     """
     folder = config.run_dir / "policy"
-    if not (folder / "config.json").exists():
+    if config.evaluate.policy is None and not (folder / "config.json").exists():
         raise ModelError(
-            f"there is no trained policy at {folder}; run rlhf-ray ppo, dpo or sft with this configuration first"
+            f"there is no trained policy at {folder}; run rlhf-ray ppo, dpo or sft with this configuration first, "
+            "or name another policy with evaluate.policy (--policy)"
         )
-    return folder
 
 
 def rows(
-    rollouts: Sequence[Rollout], *, gold: Gold, scores: Sequence[Score] | None, reference_logprobs: Sequence[np.ndarray]
+    rollouts: Sequence[Rollout],
+    *,
+    gold: Sequence[float],
+    scores: Sequence[Score] | None,
+    reference_logprobs: Sequence[np.ndarray],
 ) -> list[EvalRow]:
     """Rollouts with their verdicts; a prompt's responses are numbered in the order of their prompt ids."""
     values = [None] * len(rollouts) if scores is None else [score.value for score in scores]
-    judged = zip(rollouts, values, reference_logprobs, strict=True)
+    judged = zip(rollouts, gold, values, reference_logprobs, strict=True)
     counts: dict[str, int] = defaultdict(int)
     result: list[EvalRow] = []
-    for rollout, score, reference in sorted(judged, key=lambda item: item[0].prompt.prompt_id):
+    for rollout, verdict, score, reference in sorted(judged, key=lambda item: item[0].prompt.prompt_id):
         text = rollout.prompt.text
         result.append(
             EvalRow(
@@ -164,7 +262,7 @@ def rows(
                 response=rollout.text,
                 tokens=len(rollout.response_ids),
                 truncated=rollout.finish_reason == "length",
-                gold=gold(rollout.text),
+                gold=verdict,
                 score=score,
                 kl=float(np.sum(np.asarray(rollout.rollout_logprobs, dtype=np.float64) - reference)),
             )
@@ -200,10 +298,13 @@ def compare(base: Sequence[EvalRow], trained: Sequence[EvalRow], *, seed: int = 
 
 
 def load_evaluation(run_dir: Path) -> Evaluation | None:
-    """What the last evaluation of this run found; None before there was one."""
+    """What the last evaluation of this run's own pair found; None before there was one."""
     path = run_dir / EVALUATION_FILE
-    if not path.exists():
-        return None
+    return read_evaluation(path) if path.exists() else None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """What ``evaluate`` has written into a file."""
     data = json.loads(path.read_text("utf-8"))
     data |= {side: Side(**data[side]) for side in ("base", "trained")}
     intervals = ("gold_gain", "score_gain", "win_rate")

@@ -1,4 +1,6 @@
-"""Evaluate on a cluster: sample both policies with vLLM, score them as the loop did, and measure the KL to the base."""
+"""Evaluate on a cluster: sample both policies with vLLM, score them as the loop does, and measure each one's KL to
+``model.path``.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ from rlhf_ray.actors.reference import RayReference, reference_options
 from rlhf_ray.actors.scorer import RayScorers
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
-from rlhf_ray.roles.judge import VaderJudge
+from rlhf_ray.models.loading import same_architecture
 from rlhf_ray.stages.collect import Progress, sample_responses
-from rlhf_ray.stages.evaluate import Evaluation, evaluate, trained_policy
+from rlhf_ray.stages.evaluate import Evaluation, check_trained_policy, evaluate, pairing
+from rlhf_ray.stages.evaluate_input import make_judge, prepare_pair
 from rlhf_ray.stages.ppo import reward_handle, reward_model_folder
-from rlhf_ray.stages.prepare import check_reward_model_reads, check_scorers, prepare
+from rlhf_ray.stages.prepare import check_reward_model_reads, check_scorers
 from rlhf_ray.stages.serve import ServedReward
 from rlhf_ray.types import Rollout, Score
 
@@ -34,33 +37,39 @@ EVAL_SEED_OFFSET = 1_000_003
 def run_evaluate(
     config: RunConfig, *, service: ServedReward | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Compare ``runs/NAME/policy`` with the base model on ``prompts.eval_path``.
+    """Compare ``evaluate.policy`` with ``evaluate.baseline``: by default ``runs/NAME/policy`` with the base model on
+    ``prompts.eval_path``.
 
     Args:
         service: a reward model that is already served; by default one is served for this alone, if a scorer needs it.
 
     Raises:
-        InputError: no trained policy, no reward model where one is named, or prompts that cannot be used.
+        InputError: a policy, a judge, a reward model or prompts that cannot be used.
     """
-    trained_policy(config)
+    check_trained_policy(config)
+    gold = make_judge(config)
     scored = _anything_scores(config)
     if scored:
         check_scorers(config)
     else:
         log.info("there is no reward model in %s: the judge alone compares", config.run_dir / "reward")
     reward_folder = reward_model_folder(config) if scored and config.serves_reward else None
-    gold = VaderJudge().score
-    prepared = prepare(config, config.prompts.eval_path)
+    prepared, folders, encoded = prepare_pair(config)
     config = prepared.config
-    encoded = prepared.encode(config.prompts.eval_path)[: config.evaluate.max_prompts]
     if reward_folder is not None:
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
-    save_resolved(config, config.run_dir / RESOLVED_FILE)
+    if config.evaluate.of_the_run:
+        save_resolved(config, config.run_dir / RESOLVED_FILE)
 
-    def sample(models: Sequence[str]) -> list[list[Rollout]]:
-        folders = [prepared.model_folder if model == config.model.path else model for model in models]
-        n = config.evaluate.samples_per_prompt
-        return sample_responses(prepared, folders, encoded, n, seed=config.seed + EVAL_SEED_OFFSET, progress=progress)
+    def sample(policies: Sequence[str]) -> list[list[Rollout]]:
+        n, seed = config.evaluate.samples_per_prompt, config.seed + EVAL_SEED_OFFSET
+        models = [folders[policy] for policy in policies]
+        together = same_architecture(*models, trust_remote_code=config.model.trust_remote_code)
+        return [
+            rollouts
+            for group in ([models] if together else [[model] for model in models])
+            for rollouts in sample_responses(prepared, group, encoded, n, seed=seed, progress=progress)
+        ]
 
     with connected():
         idle = {"learner"} if reward_folder is not None else {"learner", "serve"}
@@ -82,9 +91,11 @@ def run_evaluate(
 
 
 def _anything_scores(config: RunConfig) -> bool:
-    """False where the run's own reward model would score alone, and there is none: SFT and DPO need none."""
+    """False where the run's own reward model would score alone, there is none, and it is not the judge: SFT and DPO
+    need none.
+    """
     own = all(scorer.kind == "served" for scorer in config.scorers) and config.serve.model is None
-    return not own or (config.run_dir / "reward").exists()
+    return not own or pairing(config).judge.startswith("scorer ") or (config.run_dir / "reward").exists()
 
 
 async def _measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.metrics import write_json, write_summary
-from rlhf_ray.report.page import first_of_each_prompt, write_report
-from rlhf_ray.stages.evaluate import EvalRow, PairedSample, compare
+from rlhf_ray.report.comparison import first_of_each_prompt
+from rlhf_ray.report.page import write_comparison_page, write_report
+from rlhf_ray.stages.evaluate import EvalRow, PairedSample, compare, load_evaluation
 
 WriteRun = Callable[..., Path]
 
@@ -56,9 +57,9 @@ def page(write_run: WriteRun, tmp_path: Path) -> Page:
 
 def test_the_headline_gives_the_figures_with_their_intervals(page: Page) -> None:
     for figure in (
-        "Gold score 0.10 → 0.60 +0.50 (+0.50 to +0.50) on 8 held-out prompts",
+        "Gold score 0.10 → 0.60 +0.50 (+0.50 to +0.50) on 8 prompts, judged by vader",
         "Win rate 100% 100% to 100%, trained over base; ties (0%) count half",
-        "KL 6.0 nats per response on held-out prompts",
+        "KL 6.0 nats per response of trained, to the reference",
         "Reward-model accuracy 74% 65% to 82% on 96 held-out pairs",
         "Samples per second 4.0 92 tokens/s",
         "Lost · trained twice 0 · 0 samples, by the prompt ledger",
@@ -87,8 +88,8 @@ def test_a_program_that_stood_in_for_people_is_named(page: Page) -> None:
 
 
 def test_both_responses_stand_side_by_side(page: Page) -> None:
-    assert "The <train> number 3 Base gold 0.10 score 0.00 It was <i>dull</i>, number 3." in page.text
-    assert "Trained gold 0.60 score 1.50 It was a joy, number 3!" in page.text
+    assert "The <train> number 3 base gold 0.10 score 0.00 It was <i>dull</i>, number 3." in page.text
+    assert "trained gold 0.60 score 1.50 It was a joy, number 3!" in page.text
 
 
 def test_what_a_model_wrote_is_shown_and_never_run(page: Page, hostile: str) -> None:
@@ -165,8 +166,49 @@ def test_a_policy_by_dpo_has_its_own_figures_and_curves(tmp_path: Path) -> None:
 def test_where_nothing_scores_the_judge_alone_stands_beside_the_responses(tmp_path: Path) -> None:
     page = Page(write_report(dpo_run(tmp_path / "direct")))
     assert "Gold score 0.00 → 0.50" in page.text
-    assert "Base gold 0.00 so so Trained gold 0.50 a joy" in page.text
+    assert "base gold 0.00 so so trained gold 0.50 a joy" in page.text
     assert "Score" not in page.text.replace("Gold score", "")
+
+
+def test_a_comparison_of_any_two_policies_has_a_page_of_its_own(
+    write_run: WriteRun, tmp_path: Path, hostile: str
+) -> None:
+    of_the_run = load_evaluation(write_run(tmp_path / "run"))
+    assert of_the_run is not None
+    named = {"base_name": "first", "base_path": "org/first", "trained_name": "<i>second</i>", "trained_path": "second"}
+    evaluation = replace(of_the_run, **named, reference="the/base", judge="mine:helpful", prompts_path="asks.jsonl")
+    page = Page(write_comparison_page(tmp_path / "pair.html", evaluation, samples=2))
+    for text in (
+        "Gold score 0.10 → 0.60 +0.50 (+0.50 to +0.50) on 8 prompts, judged by mine:helpful",
+        "Win rate 100% 100% to 100%, <i>second</i> over first; ties (0%) count half",
+        "KL 6.0 nats per response of <i>second</i>, to the reference",
+        "8 prompts of asks.jsonl, 1 response each from either policy. Gold is the verdict of mine:helpful;",
+        "first: org/first. <i>second</i>: second. The KL of both is to the/base.",
+        "Mean first <i>second</i> Gold score 0.100 0.600 Score, as PPO raises it 0.000 1.500",
+        hostile,
+    ):
+        assert text in page.text
+    assert page.text.count("The <train> number") == 2
+    assert "Simulated labeller" not in page.text, "no program stood in for people that we know of"
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+
+
+@pytest.mark.parametrize(
+    ("judge", "about"),
+    [
+        ("vader", "Gold is the verdict of VADER, a judge that PPO never sees"),
+        ("scorer reward", "Gold is what scorer reward adds to the loop's score"),
+        ("mine:helpful", "Gold is the verdict of mine:helpful; where the score rises"),
+    ],
+)
+def test_the_page_says_who_judged(write_run: WriteRun, tmp_path: Path, judge: str, about: str) -> None:
+    run = write_run(tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    write_json(run / "evaluation.json", evaluation | {"judge": judge})
+    page = Page(write_report(run))
+    assert about in page.text
+    assert f"judged by {judge}" in page.text
+    assert ("and gave the gold scores below" in page.text) == (judge == "vader")
 
 
 def test_a_policy_by_sft_shows_what_it_learnt_on_held_out_responses(tmp_path: Path) -> None:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_ray.config import ModelConfig, PromptsConfig, RunConfig
+from rlhf_ray.config import EvaluateConfig, ModelConfig, PromptsConfig, RunConfig
 from rlhf_ray.errors import ModelError
 from rlhf_ray.metrics import read_summary
-from rlhf_ray.stages.evaluate import EvalRow, compare, distinct, evaluate, load_evaluation, rows
+from rlhf_ray.stages.evaluate import (
+    EvalRow,
+    compare,
+    distinct,
+    evaluate,
+    load_evaluation,
+    pairing,
+    read_evaluation,
+    rows,
+)
 from rlhf_ray.types import Prompt, Rollout, Score
 
 
@@ -34,6 +44,10 @@ def rollout(prompt_id: int, prompt: str, response: str, *, logprobs: Sequence[fl
         finish_reason="length",
         text=response,
     )
+
+
+def praise(rollouts: Sequence[Rollout], scores: Sequence[Score] | None) -> list[float]:
+    return [float(rollout.text == "good") for rollout in rollouts]
 
 
 def score(value: float) -> Score:
@@ -111,7 +125,7 @@ def test_distinct_counts_different_word_sequences() -> None:
 def test_rollouts_become_rows_numbered_by_prompt_id_with_the_kl_of_the_response() -> None:
     found = rows(
         [rollout(3, "p", "second"), rollout(1, "q", "other"), rollout(2, "p", "first", logprobs=(-1.0, -2.0, -0.5))],
-        gold=lambda text: float(len(text)),
+        gold=[6.0, 5.0, 7.0],
         scores=[score(0.3), score(0.1), score(0.2)],
         reference_logprobs=[np.array([-1.5, -4.0]), np.array([-1.0, -2.0]), np.array([-2.0, -2.0, -0.25])],
     )
@@ -121,7 +135,7 @@ def test_rollouts_become_rows_numbered_by_prompt_id_with_the_kl_of_the_response(
         ("p", 1, "second", 0.3),
     ]
     assert [r.kl for r in found] == pytest.approx([0.0, 0.75, 2.5])
-    assert [r.gold for r in found] == [5.0, 5.0, 6.0]
+    assert [r.gold for r in found] == [5.0, 7.0, 6.0]
     assert [r.tokens for r in found] == [2, 3, 2]
     assert all(r.truncated for r in found)
 
@@ -151,7 +165,7 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
     result = evaluate(
         config,
         sample=sample,
-        gold=lambda text: float(text == "good"),
+        gold=praise,
         measure=lambda rollouts: (
             [score(2.0 if r.text == "good" else 0.0) for r in rollouts],
             [np.array([-2.0, -4.0]) for _ in rollouts],
@@ -168,6 +182,63 @@ def test_evaluate_asks_both_policies_and_leaves_its_findings(config: RunConfig) 
     assert math.isclose(summary["kl_evaluation"], 3.0)
 
 
+def test_another_pair_goes_into_a_file_of_its_own_and_leaves_the_run_s_figures_alone(config: RunConfig) -> None:
+    (config.run_dir / "policy").mkdir(parents=True)
+    (config.run_dir / "evaluation.json").write_text("as it was")
+    named = EvaluateConfig(policy="runs/second/policy", baseline="org/first", prompts="recipe:asks.jsonl")
+    asked: list[str] = []
+
+    def sample(models: Sequence[str]) -> list[list[Rollout]]:
+        asked.extend(models)
+        return [[rollout(0, "prompt", "good" if model == "org/first" else "bad")] for model in models]
+
+    result = evaluate(
+        config.model_copy(update={"evaluate": named}),
+        sample=sample,
+        gold=praise,
+        measure=lambda rollouts: (None, [np.array([-2.0, -4.0]) for _ in rollouts]),
+    )
+    assert asked == ["org/first", "runs/second/policy"]
+    assert (result.base_name, result.trained_name, result.win_rate.value) == ("first", "second", 0.0)
+    assert (result.base_path, result.trained_path, result.reference) == ("org/first", "runs/second/policy", "the/base")
+    assert (result.prompts_path, result.judge) == ("recipe:asks.jsonl", "vader")
+    assert read_evaluation(config.run_dir / "comparisons" / "second-over-first-on-asks.json") == result
+    assert (config.run_dir / "evaluation.json").read_text() == "as it was"
+    assert read_summary(config.run_dir) == {}
+
+
+def test_policies_are_called_by_their_runs_or_by_the_last_part_of_their_path(config: RunConfig) -> None:
+    def names(**evaluate: Any) -> tuple[str, str]:
+        pair = pairing(config.model_copy(update={"evaluate": EvaluateConfig(**evaluate)}))
+        return pair.trained.name, pair.base.name
+
+    assert names() == ("made-up", "base")
+    assert names(policy="package://models/small.Q4.gguf", baseline="/a/model") == ("small.Q4", "model")
+    assert names(policy="a/run/policy", baseline="b/run/policy") == ("a/run/policy", "b/run/policy")
+
+
+def test_who_judged_and_where_the_result_goes_follow_from_the_configuration(config: RunConfig) -> None:
+    def of(**evaluate: Any) -> tuple[str, str]:
+        pair = pairing(config.model_copy(update={"evaluate": EvaluateConfig(**evaluate)}))
+        return pair.judge, str(pair.output.relative_to(config.run_dir))
+
+    assert of() == ("vader", "evaluation.json")
+    assert of(judge="mine:helpful", max_prompts=3) == ("mine:helpful", "evaluation.json")
+    assert of(judge="reward", baseline="a b/c d") == ("scorer reward", "comparisons/made-up-over-c-d.json")
+    assert of(output=config.run_dir / "x.json") == ("vader", "x.json")
+
+
+def test_a_file_from_before_names_were_written_down_is_read(config: RunConfig) -> None:
+    config.run_dir.mkdir(parents=True)
+    written = asdict(compare([row("p", 0, 0.0)], [row("p", 0, 1.0)]))
+    for key in ("base_name", "trained_name", "base_path", "trained_path", "reference", "prompts_path", "judge"):
+        del written[key]
+    (config.run_dir / "evaluation.json").write_text(json.dumps(written))
+    found = load_evaluation(config.run_dir)
+    assert found is not None
+    assert (found.base_name, found.trained_name, found.judge) == ("base", "trained", "vader")
+
+
 def test_where_nothing_scores_the_judge_decides_alone(config: RunConfig) -> None:
     policy = config.run_dir / "policy"
     policy.mkdir(parents=True)
@@ -175,7 +246,7 @@ def test_where_nothing_scores_the_judge_decides_alone(config: RunConfig) -> None
     result = evaluate(
         config,
         sample=lambda models: [[rollout(0, "prompt", "bad" if m == "the/base" else "good")] for m in models],
-        gold=lambda text: float(text == "good"),
+        gold=praise,
         measure=lambda rollouts: (None, [np.array([-2.0, -4.0]) for _ in rollouts]),
     )
     assert (result.win_rate.value, result.trained.kl) == (1.0, 3.0)
@@ -189,7 +260,7 @@ def test_evaluate_without_a_trained_policy_is_refused_before_sampling(config: Ru
         pytest.fail(f"sampled {models}")
 
     with pytest.raises(ModelError, match=r"no trained policy at .*policy; run rlhf-ray ppo"):
-        evaluate(config, sample=never, gold=len, measure=lambda _: ([], []))
+        evaluate(config, sample=never, gold=praise, measure=lambda _: ([], []))
 
 
 def test_a_run_that_was_not_evaluated_has_no_evaluation(tmp_path: Path) -> None:
