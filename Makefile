@@ -46,8 +46,9 @@ test-fast: setup ## the tests that start neither Ray nor vLLM
 demo: setup ## the whole of RLHF on a small language model, without a GPU
 	$(BIN)/rlhf-ray demo --overwrite
 
-bench: setup ## PPO's throughput, the time of a weight update, the reward service beside its peers
-	$(BIN)/python tests/bench/ppo_throughput.py
+bench: setup ## PPO beside TRL, the learner alone, the reward service beside its peers
+	$(BIN)/python tests/bench/learner.py
+	$(BIN)/python tests/bench/ppo_throughput.py --trl
 	$(BIN)/python tests/bench/reward_service.py
 
 clean: ## remove .venv, builds and caches; runs/ stays

@@ -138,7 +138,7 @@ def critic_folder(prepared: Prepared) -> str | None:
     path, trust = config.learner.critic_path, config.model.trust_remote_code
     if path is None:
         return prepared.model_folder
-    folder = resolve_model(path, cache_dir=config.model.cache_dir, trust_remote_code=trust)
+    folder = resolve_model(path, cache_dir=config.model.cache_dir, trust_remote_code=trust, key="learner.critic_path")
     theirs = load_tokenizer(folder, need_chat_template=False, trust_remote_code=trust)
     if theirs.get_vocab() != prepared.tokenizer.get_vocab():
         raise ModelError(
