@@ -1,6 +1,6 @@
 """A PPO script as the blogs of 2023 show it, repaired, and run by rlhf_ray instead of TRL.
 
-    python -m rlhf_ray.examples.seed_ppo                       five steps of a small real model: 11 min on two busy cores
+    python -m rlhf_ray.examples.seed_ppo                      five steps of a small real model: 11 min on two busy cores
     python -m rlhf_ray.examples.seed_ppo --model gpt2 --steps 50
 
 The snippet went, in short: import PPOTrainer, PPOConfig and a Seq2Seq model with a value head from trl; load model and
