@@ -40,7 +40,7 @@ def submit(address: str, *command: str) -> str:
     The head's job agent comes up a few seconds after the dashboard: until then a submission is refused.
     """
     ray_command = str(Path(sys.executable).with_name("ray"))
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while True:
         done = subprocess.run(
             [ray_command, "job", "submit", "--address", address, "--", *command],
