@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf_ray.ppo_trainer.generation import LengthSampler
     from rlhf_ray.ppo_trainer.model import AutoModelForCausalLMWithValueHead, create_reference_model
     from rlhf_ray.ppo_trainer.trainer import PPOTrainer
+    from rlhf_ray.stages.live import scale, status
     from rlhf_ray.stages.ppo import run_ppo
 
 _HOME = {
@@ -27,6 +28,8 @@ _HOME = {
     "create_reference_model": "rlhf_ray.ppo_trainer.model",
     "load_config": "rlhf_ray.config",
     "run_ppo": "rlhf_ray.stages.ppo",
+    "scale": "rlhf_ray.stages.live",
+    "status": "rlhf_ray.stages.live",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "create_reference_model",
     "load_config",
     "run_ppo",
+    "scale",
+    "status",
 ]
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
@@ -74,6 +74,7 @@ OverwriteOption = Annotated[
     typer.Option("--overwrite", help="Delete what this command left in the run's folder before, and start afresh."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of this run.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Print this recipe instead, to copy and edit.")
 ]
@@ -322,6 +323,40 @@ def report(config: ConfigOption, overrides: SetOption = None) -> None:
         from rlhf_ray.demo import run_report
 
         run_report(run, console)
+
+
+@app.command(epilog=_examples("rlhf-ray status runs/first", "rlhf-ray status runs/first --json"))
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
+) -> None:
+    """Show how a PPO run stands: its workers, their versions, the queue, staleness, and which stages are busy."""
+    with _reported():
+        from rlhf_ray.stages.live import status as status_of
+
+        _print_status(run, status_of(run), as_json=as_json)
+
+
+@app.command(
+    epilog=_examples("rlhf-ray scale runs/first --generators 4", "rlhf-ray scale runs/first --references 2 --json")
+)
+def scale(
+    run: RunArgument,
+    generators: Annotated[int | None, typer.Option("--generators", metavar="N", help="Generators to have.")] = None,
+    references: Annotated[int | None, typer.Option("--references", metavar="M", help="References to have.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the run's status as one JSON object.")] = False,
+) -> None:
+    """Change the number of workers of a PPO run under way; returns once the run has taken the wish."""
+    with _reported():
+        from rlhf_ray.stages.live import scale as scale_run
+
+        _print_status(run, scale_run(run, generators=generators, references=references), as_json=as_json)
+
+
+def _print_status(run: Path, now: dict[str, Any], *, as_json: bool) -> None:
+    from rlhf_ray.report.status_table import status_lines
+
+    typer.echo(json.dumps(now, indent=2) if as_json else "\n".join(status_lines(run, now)))
 
 
 @data_app.command(

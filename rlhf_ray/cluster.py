@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError
 
 from rlhf_ray.config import SPIN_COUNT, RunConfig, TrainerConfig
-from rlhf_ray.errors import ResourceError, WorkerDiedError
+from rlhf_ray.errors import NodeLostError, ResourceError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
 
@@ -26,6 +28,9 @@ WAIT_NOTICE_SECONDS = 10.0
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
 """How Ray says that an actor is gone: crashed or killed, by its memory monitor, with its node, or never placed."""
+
+NODE_ANSWER_SECONDS = 3.0
+"""A node that takes longer to accept a connection is taken for gone."""
 
 WORKER_ENV: Mapping[str, str] = {
     # Several workers share the cores of a small machine. A thread that spins for long takes them from the others, one
@@ -124,8 +129,8 @@ def worker_needs(config: RunConfig) -> list[Need]:
     return [
         Need(section=name, count=count, num_cpus=section.num_cpus, num_gpus=section.num_gpus)
         for name, count, section in (
-            ("generator", config.generator.count, config.generator),
-            ("reference", config.reference.count, config.reference),
+            ("generator", config.generator.needed, config.generator),
+            ("reference", config.reference.needed, config.reference),
             ("learner", config.learner.ranks, config.learner),
             ("serve", config.serve.replicas if config.serves_reward else 0, config.serve),
         )
@@ -165,6 +170,110 @@ def start_actor(
     if concurrency:
         options["max_concurrency"] = concurrency
     return ray.remote(cls).options(runtime_env={"env_vars": worker_env(threads)}, **options).remote(*args, **kwargs)
+
+
+class Place(NamedTuple):
+    """Where an actor runs."""
+
+    node_id: str
+    address: str
+
+
+def place() -> Place:
+    """Where this process runs."""
+    return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+
+
+class ActorClient:
+    """What the clients of a pool's actors have in common: where the actor is, and why it is gone."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.node = ""
+        self._actor = actor
+        self._place: Place | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """The process was seen running."""
+        return self._place is not None
+
+    async def placed(self) -> None:
+        """Wait until the actor's process runs somewhere."""
+        if self._place is None:
+            self._place = await self._alive(self._actor.place.remote())
+        self.node = f"{self._place.address}/{self._place.node_id[:8]}"
+
+    def ready_ref(self) -> Any:
+        """Ref that resolves when the actor has loaded what it needs."""
+        return self._actor.ready.remote()
+
+    async def ready(self) -> None:
+        """Wait until the actor has loaded what it needs."""
+        await self.placed()
+        await self._alive(self.ready_ref())
+
+    async def close(self) -> None:
+        """End the actor, placed or not."""
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ray.kill(self._actor)
+
+    async def _alive(self, ref: Any) -> Any:
+        """The result of a call.
+
+        Raises:
+            WorkerDiedError: the actor is gone; ``NodeLostError`` if its node is.
+        """
+        try:
+            return await ref
+        except DEATHS as error:
+            lost = self._place is not None and await asyncio.to_thread(node_is_gone, self._place.node_id)
+            raise (NodeLostError if lost else WorkerDiedError)(f"{self.name} died: {error}") from error
+
+
+def node_is_gone(node_id: str) -> bool:
+    """Whether a node has left the cluster, also where the cluster has not taken note of that yet."""
+    node = next((node for node in ray.nodes() if node["NodeID"] == node_id), None)
+    if node is None or not node["Alive"]:
+        return True
+    # A node that is cut off counts as alive until it has missed several health checks: ask its manager.
+    try:
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        with socket.create_connection(address, timeout=NODE_ANSWER_SECONDS):
+            return False
+    except OSError:
+        return True
+
+
+def room_for(need: Need) -> int:
+    """How many more workers of a kind the nodes have room for at this moment."""
+    free = ray._private.state.available_resources_per_node()  # the public call adds all nodes up
+    amounts = {"CPU": need.num_cpus, "GPU": need.num_gpus}
+    asked = {resource: amount for resource, amount in amounts.items() if amount}
+    if not asked:
+        return sys.maxsize
+    return sum(
+        min(int((node.get(resource, 0.0) + 1e-6) // amount) for resource, amount in asked.items())
+        for node in free.values()
+    )
+
+
+def ask_autoscaler(needs: Sequence[Need]) -> None:
+    """Have Ray's autoscaler, if there is one, hold nodes for these workers; for none: take the wish back.
+
+    A cluster keeps one such wish, the last one.
+    """
+    request_resources(
+        bundles=[
+            {resource: amount for resource, amount in (("CPU", n.num_cpus), ("GPU", n.num_gpus)) if amount}
+            for n in needs
+            for _ in range(n.count)
+            if n.num_cpus or n.num_gpus
+        ]
+    )
 
 
 async def wait_ready(starting: Mapping[str, Awaitable[Any]], *, notice: Callable[[str], None] = log.info) -> None:

@@ -85,10 +85,35 @@ class SamplingConfig(Section):
     max_new_tokens: int = Field(64, ge=1, description="Longest response in tokens, EOS included.")
 
 
-class GeneratorConfig(Section):
+class PoolSection(Section):
+    """Workers whose number may change in mid-run."""
+
+    count: int = Field(1, ge=1, description="Number of actors to begin with.")
+    min: int | None = Field(
+        None,
+        ge=1,
+        description="Fewest: the run starts where the cluster holds these, and goes on while more wait for a place; "
+        "`rlhf-ray scale` goes no lower. Default: count, and 1 for scale.",
+    )
+    max: int | None = Field(
+        None,
+        ge=1,
+        description="Most: the pool grows to this as the cluster has room, asks Ray's autoscaler for it, and shrinks "
+        "as nodes go. Default: as many as count or `rlhf-ray scale` say.",
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="Replacements of dead workers before the run ends with the cause; lost nodes do not count."
+    )
+
+    @property
+    def needed(self) -> int:
+        """Workers that the cluster must have room for before the run starts."""
+        return self.count if self.min is None else self.min
+
+
+class GeneratorConfig(PoolSection):
     """The vLLM workers."""
 
-    count: int = Field(1, ge=1, description="Number of generator actors.")
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves for each.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each.")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs one engine is split over.")
@@ -98,12 +123,9 @@ class GeneratorConfig(Section):
     max_num_seqs: int = Field(32, ge=1, description="Most responses one engine samples at once.")
     kv_cache_gb: float = Field(0.5, gt=0, description="KV cache of one engine, GB (on GPUs too).")
     threads: int = Field(0, ge=0, description="CPU threads of one engine in the PPO loop; 0: all cores of the node.")
-    max_restarts: int = Field(
-        3, ge=0, description="Replacements of dead generators before the run ends with the cause."
-    )
 
 
-class ReferenceConfig(Section):
+class ReferenceConfig(PoolSection):
     """The frozen policy's workers."""
 
     count: int = Field(
@@ -778,6 +800,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"learner.num_gpus = {config.learner.num_gpus:g} and learner.ranks = {ranks}: each of several has one "
             "GPU to itself, or none; set num_gpus to 1 or 0"
         )
+    yield from _pool_contradictions(config)
     parallel = config.generator.tensor_parallel_size
     if parallel > 1 and config.generator.num_gpus != parallel:
         yield (
@@ -806,3 +829,14 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
         )
     if not all(0 <= beta < 1 for beta in config.learner.betas):
         yield f"learner.betas = {list(config.learner.betas)} must each be at least 0 and below 1"
+
+
+def _pool_contradictions(config: RunConfig) -> Iterator[str]:
+    for section in ("generator", "reference"):
+        pool: PoolSection = getattr(config, section)
+        if pool.min is not None and pool.min > pool.count:
+            yield f"{section}.min = {pool.min} is above {section}.count = {pool.count}; lower it, or raise the count"
+        if pool.max is not None and pool.count == 0:
+            yield f"{section}.max = {pool.max} needs a worker to begin with, and {section}.count = 0; raise the count"
+        elif pool.max is not None and pool.max < pool.count:
+            yield f"{section}.max = {pool.max} is below {section}.count = {pool.count}; raise it, or lower the count"

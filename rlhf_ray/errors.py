@@ -11,6 +11,7 @@
     ├── StalenessError (RuntimeError) an experience older than ``ppo.max_staleness`` reached the learner (a bug)
     ├── ScorerError (RuntimeError)   a score could not be had
     └── WorkerDiedError (RuntimeError) a worker process is gone
+        └── NodeLostError        it went with its node
 
 They cross processes, so each is built from one message and can be pickled.
 """
@@ -59,4 +60,8 @@ class ScorerError(RlhfRayError, RuntimeError):
 
 
 class WorkerDiedError(RlhfRayError, RuntimeError):
-    """A worker ended. A generator is replaced and its prompts issued again; another worker's death ends the run."""
+    """A worker ended. A generator or a reference is replaced and its work done again; any other death ends the run."""
+
+
+class NodeLostError(WorkerDiedError):
+    """A worker went with its node, which is nobody's fault: it does not count against ``max_restarts``."""

@@ -1,6 +1,7 @@
 """What the pipeline asks of its workers. Everything is awaitable and speaks in refs; ``testing.py`` has fakes of each.
 
-A worker that is gone raises ``WorkerDiedError``; any other error ends the run with its cause.
+A worker that is gone raises ``WorkerDiedError``, one that went with its node ``NodeLostError``; any other error ends
+the run with its cause.
 """
 
 from __future__ import annotations
@@ -21,10 +22,20 @@ from rlhf_ray.types import (
 )
 
 
-class Generator(Protocol):
-    """Samples responses from the newest policy it was given."""
+class Worker(Protocol):
+    """What a pool may have several of."""
 
     name: str
+    node: str
+    """Where it runs, for people."""
+
+    async def close(self) -> None:
+        """End the worker and free what it holds."""
+        ...
+
+
+class Generator(Worker, Protocol):
+    """Samples responses from the newest policy it was given."""
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         """Sample ``prompt.completions`` responses; each ref holds a ``Rollout``. Many calls may be under way
@@ -36,12 +47,8 @@ class Generator(Protocol):
         """Load a policy in place; rollouts under way go on under it. Returns once it serves that version."""
         ...
 
-    async def close(self) -> None:
-        """End the worker and free what it holds."""
-        ...
 
-
-class Reference(Protocol):
+class Reference(Worker, Protocol):
     """The frozen policy that the KL is measured against."""
 
     async def logprobs(self, rollout: Ref) -> Ref:

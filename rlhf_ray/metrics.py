@@ -18,6 +18,8 @@ from typing import Any, Self, TextIO
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"
+STATUS_FILE = "status.json"
+"""How a PPO run stands at this moment; of use while ``summary.json`` says "running"."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -98,8 +100,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """What ``summary.json`` holds; {} when no stage has written one."""
-    path = run_dir / SUMMARY_FILE
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+    return read_json(run_dir / SUMMARY_FILE)
 
 
 def write_summary(run_dir: Path, updates: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def write_summary(run_dir: Path, updates: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def status_kept(run_dir: Path) -> Iterator[None]:
     """``summary.json`` says "running" from here on, and how the block ended if it did not end well."""
+    (run_dir / STATUS_FILE).unlink(missing_ok=True)  # an earlier run's
     write_summary(run_dir, {"status": "running", "cause": None})
     try:
         yield
@@ -122,6 +124,14 @@ def status_kept(run_dir: Path) -> Iterator[None]:
     except Exception as error:
         write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
         raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that ``write_json`` wrote; {} when there is none."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,11 +7,14 @@ Example: two generators, one of which dies on the third prompt that it is given:
 
     learner = FakeLearner()
     pool = GeneratorPool(
-        generator_factory(lambda name: FakeGenerator(name, die_at_generate=3 if name == "generator-0" else None)),
+        worker_factory(lambda name: FakeGenerator(name, die_at_generate=3 if name == "generator-0" else None)),
         count=2, max_concurrent=4, max_restarts=1, max_prompt_tries=2,
     )
+    references = ReferencePool(
+        worker_factory(FakeReference), count=1, max_concurrent=100, max_restarts=0, max_prompt_tries=1
+    )
     pipeline = Pipeline(
-        prompts=FakePrompts(), pool=pool, scorer=FakeScorer(), reference=FakeReference(), learner=learner,
+        prompts=FakePrompts(), pool=pool, references=references, scorer=FakeScorer(), learner=learner,
         controller=FixedKL(0.05), config=PPOConfig(steps=5, batch_size=4), parity_tolerance=1e-3,
         on_step=lambda metrics, samples: None,
     )
@@ -33,8 +36,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from rlhf_ray.errors import NumericalError, ScorerError, StalenessError, WorkerDiedError
-from rlhf_ray.interfaces import Generator
+from rlhf_ray.errors import NodeLostError, NumericalError, ScorerError, StalenessError, WorkerDiedError
 from rlhf_ray.types import (
     ExperienceRefs,
     Probe,
@@ -49,6 +51,7 @@ from rlhf_ray.types import (
 )
 
 T = TypeVar("T")
+F = TypeVar("F", bound="_Mortal")
 
 Seconds = float | Callable[[int], float]
 """How long a call takes: always the same, or a function of the prompt's id."""
@@ -76,7 +79,39 @@ class FakePrompts:
         )
 
 
-class FakeGenerator:
+class _Mortal:
+    """A worker that can be killed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.node = "nowhere"
+        self.closed = False
+        self._dead = asyncio.Event()
+        self._death: type[WorkerDiedError] = WorkerDiedError
+
+    def kill(self, *, with_node: bool = False) -> None:
+        """The process ends: every call under way, and every later one, raises ``WorkerDiedError``.
+
+        Args:
+            with_node: the whole node is gone, so they raise ``NodeLostError``.
+        """
+        self._death = NodeLostError if with_node else WorkerDiedError
+        self._dead.set()
+
+    async def close(self) -> None:
+        """See ``interfaces.Worker``."""
+        self.closed = True
+
+    async def _live_on(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                await self._dead.wait()
+        except TimeoutError:
+            return
+        raise self._death(f"{self.name} is gone (fault injection)")
+
+
+class FakeGenerator(_Mortal):
     """Samples made-up tokens; the same for the same prompt and policy versions.
 
     A rollout that is under way while the weights change has one half from the old version and one from the new.
@@ -105,9 +140,8 @@ class FakeGenerator:
         die_at_update: int | None = None,
         hang_at_generate: int | None = None,
     ) -> None:
-        self.name = name
+        super().__init__(name)
         self.version: int | None = None
-        self.closed = False
         self.prompt_ids: list[int] = []
         """Of every prompt that it was given, in order."""
         self.versions: list[int] = []
@@ -121,11 +155,6 @@ class FakeGenerator:
         self._die_at_update = die_at_update
         self._hang_at_generate = hang_at_generate
         self._updates = 0
-        self._dead = asyncio.Event()
-
-    def kill(self) -> None:
-        """The process ends: every call under way raises ``WorkerDiedError``."""
-        self._dead.set()
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         """See ``interfaces.Generator``. Raises AssertionError if asked before it was given weights."""
@@ -154,18 +183,6 @@ class FakeGenerator:
             generator=self.name, version=published.version, seconds=self._update_seconds, parity_max=parity
         )
 
-    async def close(self) -> None:
-        """See ``interfaces.Generator``."""
-        self.closed = True
-
-    async def _live_on(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(None if seconds == math.inf else seconds):
-                await self._dead.wait()
-        except TimeoutError:
-            return
-        raise WorkerDiedError(f"{self.name} is gone (fault injection)")
-
     def _receipt(self, rollout: Rollout, seconds: float) -> RolloutReceipt:
         return RolloutReceipt(
             prompt_id=rollout.prompt.prompt_id,
@@ -191,27 +208,37 @@ class FakeGenerator:
         )
 
 
-def generator_factory(
-    make: Callable[[str], FakeGenerator], *, seconds: float = 0.0
-) -> Callable[[str], Awaitable[Generator]]:
-    """A factory for ``GeneratorPool`` whose workers take ``seconds`` to start."""
+def worker_factory(make: Callable[[str], F], *, seconds: float = 0.0) -> Callable[[str], Awaitable[F]]:
+    """A factory for a pool whose workers take ``seconds`` to start."""
 
-    async def factory(name: str) -> Generator:
+    async def factory(name: str) -> F:
         await asyncio.sleep(seconds)
         return make(name)
 
     return factory
 
 
-class FakeReference:
-    """A frozen policy that finds every token a little less likely (0.01 nats) than the sampler did."""
+class FakeReference(_Mortal):
+    """A frozen policy that finds every token a little less likely (0.01 nats) than the sampler did.
 
-    def __init__(self, *, seconds: float = 0.0) -> None:
+    Args:
+        seconds: what one call takes.
+        die_at: the call, counted from 1, in which the worker dies. Every call under way and every later one then raises
+            ``WorkerDiedError``.
+    """
+
+    def __init__(self, name: str = "reference-0", *, seconds: float = 0.0, die_at: int | None = None) -> None:
+        super().__init__(name)
+        self.calls = 0
         self._seconds = seconds
+        self._die_at = die_at
 
     async def logprobs(self, rollout: Ref) -> Ref:
         """See ``interfaces.Reference``."""
-        await asyncio.sleep(self._seconds)
+        self.calls += 1
+        if self.calls == self._die_at:
+            self.kill()
+        await self._live_on(self._seconds)
         return np.asarray(rollout.rollout_logprobs, dtype=np.float32) - np.float32(0.01)
 
 
@@ -380,5 +407,10 @@ def simulate(coroutine: Coroutine[Any, Any, T]) -> T:
     Raises:
         RuntimeError: a deadlock: every task waits for another one, so nothing can ever happen again.
     """
-    with asyncio.Runner(loop_factory=_SimulatedLoop) as runner:
+    with simulation() as runner:
         return runner.run(coroutine)
+
+
+def simulation() -> asyncio.Runner:
+    """A runner on such a clock, for more than one coroutine: between two of them time stands still."""
+    return asyncio.Runner(loop_factory=_SimulatedLoop)

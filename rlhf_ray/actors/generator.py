@@ -16,10 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import ray
 
 from rlhf_ray.actors.weights import unpack_weights
-from rlhf_ray.cluster import DEATHS, start_actor
+from rlhf_ray.cluster import ActorClient, Place, place, start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.prompts import sampling_seed
 from rlhf_ray.errors import ConfigError, WorkerDiedError
@@ -40,6 +39,10 @@ class GeneratorWorker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, args=(dict(engine_options),), name="engine", daemon=True)
         self._thread.start()
+
+    async def place(self) -> Place:
+        """Answers as soon as the process runs."""
+        return place()
 
     async def ready(self) -> str:
         """Returns the name once the engine has loaded its model and warmed up."""
@@ -216,12 +219,8 @@ def engine_options(config: RunConfig, model_folder: str, *, context_length: int)
     }
 
 
-class RayGenerator:
+class RayGenerator(ActorClient):
     """Client of a ``GeneratorWorker`` actor; satisfies ``interfaces.Generator``."""
-
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name = name
-        self._actor = actor
 
     @classmethod
     def start(
@@ -244,10 +243,6 @@ class RayGenerator:
         )
         return cls(name, actor)
 
-    async def ready(self) -> None:
-        """Wait for the engine."""
-        await self._alive(self._actor.ready.remote())
-
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         receipts, *rollouts = self._actor.generate.options(num_returns=1 + prompt.completions).remote(prompt)
         return list(zip(await self._alive(receipts), rollouts, strict=True))
@@ -262,15 +257,10 @@ class RayGenerator:
         await self._alive(self._actor.load_policy.remote(folder, version))
 
     async def close(self) -> None:
-        with contextlib.suppress(TimeoutError, WorkerDiedError):  # gone or stuck: ended below either way
-            await asyncio.wait_for(self._alive(self._actor.close.remote()), timeout=10)
-        ray.kill(self._actor)
-
-    async def _alive(self, ref: Any) -> Any:
-        try:
-            return await ref
-        except DEATHS as error:
-            raise WorkerDiedError(f"{self.name} died: {error}") from error
+        if self.is_placed:
+            with contextlib.suppress(TimeoutError, WorkerDiedError):  # gone or stuck: ended below either way
+                await asyncio.wait_for(self._alive(self._actor.close.remote()), timeout=10)
+        await super().close()
 
 
 async def sample(

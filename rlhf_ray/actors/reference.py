@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 
-from rlhf_ray.cluster import DEATHS, start_actor
+from rlhf_ray.cluster import ActorClient, Place, place, start_actor
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import WorkerDiedError
 from rlhf_ray.pipeline.shared_calls import SharedCalls
 from rlhf_ray.types import Ref, Rollout
 
@@ -26,6 +24,10 @@ class ReferenceWorker:
         self._options = dict(model_options)
         self._model: ReferenceModel | None = None
         self._calls = SharedCalls(self._forward)
+
+    async def place(self) -> Place:
+        """Answers as soon as the process runs."""
+        return place()
 
     async def ready(self) -> None:
         """Loads the model, once. Not in the constructor: an error there would reach the driver as a mere death."""
@@ -57,48 +59,59 @@ def reference_options(config: RunConfig, model_folder: str) -> dict[str, Any]:
     }
 
 
-class RayReference:
-    """Client of the reference actors, least loaded first; satisfies ``interfaces.Reference``."""
+CONCURRENT_CALLS = 1000
+"""Calls that one worker may have at once: those that wait share its next forward."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = list(actors)
-        self._load = [0] * len(self._actors)
+
+class ReferenceActor(ActorClient):
+    """Client of a ``ReferenceWorker`` actor; satisfies ``interfaces.Reference``."""
+
+    @classmethod
+    def start(cls, name: str, config: RunConfig, model_options: Mapping[str, Any]) -> ReferenceActor:
+        """Start the actor on the cluster; ``ready`` waits for its model."""
+        section = config.reference
+        actor = start_actor(
+            ReferenceWorker,
+            dict(model_options),
+            num_cpus=section.num_cpus,
+            num_gpus=section.num_gpus,
+            threads=section.threads,
+            concurrency=CONCURRENT_CALLS,
+        )
+        return cls(name, actor)
+
+    async def logprobs(self, rollout: Ref) -> Ref:
+        done, logprobs = self._actor.logprobs.options(num_returns=2).remote(rollout)
+        await self._alive(done)
+        return logprobs
+
+
+class RayReference:
+    """A fixed number of references, least loaded first; a death among them ends what they are asked for."""
+
+    def __init__(self, references: Sequence[ReferenceActor]) -> None:
+        self._references = list(references)
+        self._load = [0] * len(self._references)
 
     @classmethod
     def start(cls, config: RunConfig, model_options: Mapping[str, Any]) -> RayReference:
         """Start ``reference.count`` actors, at least one; ``ready_refs`` tells when they are up."""
-        section = config.reference
-        return cls(
-            [
-                start_actor(
-                    ReferenceWorker,
-                    dict(model_options),
-                    num_cpus=section.num_cpus,
-                    num_gpus=section.num_gpus,
-                    threads=section.threads,
-                    concurrency=1000,
-                )
-                for _ in range(max(1, section.count))
-            ]
-        )
+        names = [f"reference-{i}" for i in range(max(1, config.reference.count))]
+        return cls([ReferenceActor.start(name, config, model_options) for name in names])
 
     def ready_refs(self) -> dict[str, Any]:
         """Name → ref that resolves when that actor is up."""
-        return {f"reference-{i}": actor.ready.remote() for i, actor in enumerate(self._actors)}
+        return {reference.name: reference.ready_ref() for reference in self._references}
 
     async def logprobs(self, rollout: Ref) -> Ref:
-        i = min(range(len(self._actors)), key=self._load.__getitem__)
+        i = min(range(len(self._references)), key=self._load.__getitem__)
         self._load[i] += 1
         try:
-            done, logprobs = self._actors[i].logprobs.options(num_returns=2).remote(rollout)
-            await done
-            return logprobs
-        except DEATHS as error:
-            raise WorkerDiedError(f"reference-{i} died: {error}") from error
+            return await self._references[i].logprobs(rollout)
         finally:
             self._load[i] -= 1
 
     def close(self) -> None:
         """End the actors."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for reference in self._references:
+            reference.kill()

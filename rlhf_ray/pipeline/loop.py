@@ -1,10 +1,10 @@
 """The loop: prompts in, policy versions out.
 
-     PromptStream ──slot──► GeneratorPool ──Rollouts──► Scorer ──scores────┐
-       ▲  (ledger)          READY workers   (refs)  └─► Reference ─ref lps─┴─► ExperienceBuffer ─► Learner ─► v+1
-       │                          ▲                                            bounded by slots                │
-       │                          └───── WeightSync: publish v+1; a generator that acknowledges it is READY ◄──┤
-       └──────────────────────────────── the batch's slots are freed with v+1 ◄────────────────────────────────┘
+     PromptStream ──slot──► GeneratorPool ──Rollouts──► Scorer ──scores────────┐
+       ▲  (ledger)          READY workers   (refs)  └─► ReferencePool ─ref lps─┴─► ExperienceBuffer ─► Learner ─► v+1
+       │                          ▲                                                bounded by slots                │
+       │                          └───── WeightSync: publish v+1; a generator that acknowledges it is READY ◄──────┤
+       └──────────────────────────────── the batch's slots are freed with v+1 ◄────────────────────────────────────┘
 
     task      consumes            produces             waits for                       is unblocked by
     _feed     ids of the ledger   one _rollout a slot  a slot                          _learn, publishing a version
@@ -13,9 +13,9 @@
     _learn    a batch             a version            B prompts' experiences that     _rollout
                                                        the buffer's rule lets go
 
-One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Refs pass
-through unopened. Exactly as many prompts are issued as the steps need. The first task that fails ends all others, and
-``run`` raises its error.
+One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Workers of
+both pools may join, leave and die meanwhile. Refs pass through unopened. Exactly as many prompts are issued as the
+steps need. The first task that fails ends all others, and ``run`` raises its error.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.interfaces import Learner, Reference, Scorer
+from rlhf_ray.interfaces import Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
 from rlhf_ray.pipeline.ledger import Ledger
-from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.pipeline.occupancy import Occupancy
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary, Tally
 from rlhf_ray.pipeline.weight_sync import WeightSync
+from rlhf_ray.pipeline.workers import WorkerState
 from rlhf_ray.types import ExperienceRefs, Prompt, Ref
 
-__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary"]
+__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error"]
 
 log = logging.getLogger("rlhf_ray.pipeline")
 
 WAIT_NOTICE_SECONDS = 10.0
+
+PROMPT_STAGES = WAITING, BEING_GENERATED, BEING_SCORED = "waiting for a generator", "being generated", "being scored"
 
 T = TypeVar("T")
 
@@ -67,7 +71,7 @@ class Pipeline:
     """One run of the loop; see the module's picture.
 
     Args:
-        reference: None where the learner is the reference too.
+        references: None where the learner is the reference too.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
         on_step: is given each step's metrics and the learner's sample rows.
         checkpoint: awaited with (steps done, ``state_dict()``) every ``checkpoint_every`` steps and at the end; it
@@ -81,8 +85,8 @@ class Pipeline:
         *,
         prompts: PromptSource,
         pool: GeneratorPool,
+        references: ReferencePool | None,
         scorer: Scorer,
-        reference: Reference | None,
         learner: Learner,
         controller: KLController,
         config: PPOConfig,
@@ -93,7 +97,7 @@ class Pipeline:
         self._prompts = prompts
         self._pool = pool
         self._scorer = scorer
-        self._reference = reference
+        self._references = references
         self._learner = learner
         self._controller = controller
         self._config = config
@@ -102,11 +106,14 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._ledger = Ledger()
         self._tally = Tally()
+        self._occupancy = Occupancy(_now)
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
         self._stopping = False
-        self._stages: dict[int, str] = {}  # of each prompt that has a slot and is not in the buffer
+        self._stages: dict[
+            int, str
+        ] = {}  # of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer
         self._rollouts: set[asyncio.Task[None]] = set()
 
     async def run(self) -> RunSummary:
@@ -120,17 +127,19 @@ class Pipeline:
             async with asyncio.TaskGroup() as tasks:
                 self._buffer.version = await self._sync.publish()
                 self._pool.start(tasks)
+                if self._references is not None:
+                    self._references.start(tasks)
                 feeder = tasks.create_task(self._feed(tasks), name="feeder")
                 await self._learn()
                 self._ledger.close(in_flight=[*self._stages, *self._buffer.finished_ids()])
                 for task in (feeder, *self._rollouts):
                     task.cancel()
-                await self._pool.close()
+                await self._close_pools()
         except BaseExceptionGroup as group:
-            cause = _first_error(group)
+            cause = first_error(group)
             raise cause from cause.__cause__
         finally:
-            await self._pool.close()
+            await self._close_pools()
         return self._tally.summary(
             status="finished" if self._step >= self._config.steps else "interrupted",
             steps=self._step,
@@ -149,7 +158,7 @@ class Pipeline:
         for prompt_id, issue in self._due():
             await self._buffer.acquire()
             issue(prompt_id)
-            self._stages[prompt_id] = "waiting for a generator"
+            self._stages[prompt_id] = WAITING
             rollout = tasks.create_task(self._rollout(self._prompts.prompt(prompt_id)), name=f"prompt {prompt_id}")
             self._rollouts.add(rollout)
             rollout.add_done_callback(self._rollouts.discard)
@@ -158,7 +167,8 @@ class Pipeline:
         prompt_id = prompt.prompt_id
         sampled = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
         self._tally.rollout_stage(prompt_id, "generate", max(receipt.seconds for receipt, _ in sampled))
-        self._stages[prompt_id] = "being scored"
+        self._occupancy.leave("generate")
+        self._stages[prompt_id] = BEING_SCORED
         scores = asyncio.gather(*(self._scorer.score(rollout) for _, rollout in sampled))
         references = asyncio.gather(*(self._ref_logprobs(rollout) for _, rollout in sampled))
         async with asyncio.TaskGroup() as both:
@@ -176,7 +186,7 @@ class Pipeline:
         )
 
     async def _ref_logprobs(self, rollout: Ref) -> Ref | None:
-        return None if self._reference is None else await self._reference.logprobs(rollout)
+        return None if self._references is None else await self._references.logprobs(rollout)
 
     async def _learn(self) -> None:
         while self._step < self._config.steps and (batch := await self._next_batch()):
@@ -188,7 +198,8 @@ class Pipeline:
     async def _train(self, batch: list[ExperienceRefs]) -> None:
         self._ledger.trained(list(dict.fromkeys(e.receipt.prompt_id for e in batch)))
         began = _now()
-        report = await self._learner.train_step(batch, kl_coef=self._controller.coef)
+        with self._occupancy.busy("train"):
+            report = await self._learner.train_step(batch, kl_coef=self._controller.coef)
         if report.version != self._buffer.version + 1:
             raise RlhfRayError(
                 f"a step at version {self._buffer.version} made version {report.version}, not the next one"
@@ -208,7 +219,8 @@ class Pipeline:
 
     async def _publish(self, version: int) -> None:
         began = _now()
-        published = await self._sync.publish()
+        with self._occupancy.busy("publish"):
+            published = await self._sync.publish()
         if published != version:
             raise RlhfRayError(f"the learner made version {version} and published version {published}")
         self._buffer.release(published)
@@ -251,6 +263,29 @@ class Pipeline:
         self._controller.load_state_dict(state["controller"])
         self._tally.load_state_dict(state["tally"])
 
+    def status(self) -> dict[str, Any]:
+        """How the run stands at this moment, JSON-ready: see ``rlhf_ray.status``."""
+        stages = Counter(self._stages.values())
+        return {
+            "step": self._step,
+            "steps": self._config.steps,
+            "version": self._buffer.version,
+            "staleness": self._tally.staleness() | {"bound": self._config.max_staleness},
+            "queue": {
+                "slots_in_use": self._buffer.slots_in_use,
+                "slots": self._buffer.capacity,
+                **{stage.replace(" ", "_"): stages[stage] for stage in PROMPT_STAGES},
+                "finished": len(self._buffer.finished_ids()),
+            },
+            "occupancy": self._occupancy.shares(),
+            "generators": self._pool.status(),
+            "references": self._references.status() if self._references is not None else None,
+        }
+
+    async def _close_pools(self) -> None:
+        pools = (self._pool, self._references)
+        await asyncio.gather(*(pool.close() for pool in pools if pool is not None))
+
     def _due(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """Ids that the remaining steps need, each with the ledger's word for it: interrupted ones first."""
         needed = (self._config.steps - self._step) * self._config.prompts_per_step
@@ -262,16 +297,19 @@ class Pipeline:
     def _admit(self, prompt_id: int, version: int) -> None:
         self._buffer.admit(prompt_id, version)
         self._tally.admitted(_now())
-        self._stages[prompt_id] = "being generated"
+        self._occupancy.enter("generate")
+        self._stages[prompt_id] = BEING_GENERATED
 
     def _withdraw(self, prompt_id: int) -> None:
         self._ledger.reissue(prompt_id)
         self._buffer.withdraw(prompt_id)
-        self._stages[prompt_id] = "waiting for a generator"
+        self._occupancy.leave("generate")
+        self._stages[prompt_id] = WAITING
 
     async def _timed(self, prompt_id: int, stage: str, call: Awaitable[T]) -> T:
         began = _now()
-        result = await call
+        with self._occupancy.busy(stage):
+            result = await call
         self._tally.rollout_stage(prompt_id, stage, _now() - began)
         return result
 
@@ -279,14 +317,19 @@ class Pipeline:
         prompts = [f"{n} {stage}" for stage, n in Counter(self._stages.values()).items()]
         finished = f"{len(self._buffer.finished_ids())} finished of a batch of {self._config.prompts_per_step}"
         workers = ", ".join(f"{name} {state.value}" for name, state in self._pool.states().items())
-        return f"prompts: {', '.join([*prompts, finished])}; generators: {workers or 'none'}"
+        said = f"prompts: {', '.join([*prompts, finished])}; generators: {workers or 'none'}"
+        references = self._references.states() if self._references is not None else {}
+        if references and WorkerState.READY not in references.values():
+            said += f"; references: {', '.join(f'{name} {state.value}' for name, state in references.items())}"
+        return said
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What ended a task group, itself."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

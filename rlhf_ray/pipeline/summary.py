@@ -82,6 +82,11 @@ class Tally:
         self._learner[stage] += seconds
         self._this_step[stage] += seconds
 
+    def staleness(self) -> dict[str, float]:
+        """Mean and largest so far, in versions, over the responses trained on."""
+        total, largest = self._staleness
+        return {"mean": total / max(self.samples - self._resumed_samples, 1), "max": largest}
+
     def step(
         self, step: int, batch: Sequence[ExperienceRefs], report: StepReport, now: float, others: Mapping[str, float]
     ) -> dict[str, float]:
@@ -158,7 +163,7 @@ class Tally:
             score_first=self.score_first,
             score_last=self._last.get("score_mean"),
             kl_last=self._kl_last,
-            staleness_mean=self._staleness[0] / max(samples, 1),
+            staleness_mean=self.staleness()["mean"],
             staleness_max=self._staleness[1],
             stage_seconds=stage_seconds,
             sampler_parity_max=parity_max,

@@ -17,17 +17,18 @@ from typing import Any
 from rlhf_ray import checkpoint
 from rlhf_ray.actors.generator import RayGenerator, engine_options
 from rlhf_ray.actors.learner import RayLearner
-from rlhf_ray.actors.reference import RayReference, reference_options
+from rlhf_ray.actors.reference import CONCURRENT_CALLS, ReferenceActor, reference_options
 from rlhf_ray.actors.scorer import RayScorers
+from rlhf_ray.actors.starting import ActorStarter
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
-from rlhf_ray.config import RESOLVED_FILE, RunConfig, save_resolved
+from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.pipeline.loop import Pipeline
-from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary
 from rlhf_ray.stages.prepare import (
     Prepared,
@@ -38,6 +39,7 @@ from rlhf_ray.stages.prepare import (
     prepare,
 )
 from rlhf_ray.stages.serve import ServedReward, served_reward
+from rlhf_ray.stages.steering import ElasticPool, Steering
 
 log = logging.getLogger("rlhf_ray.ppo")
 
@@ -125,9 +127,13 @@ class Workers:
     """The loop's actors."""
 
     learner: RayLearner
-    reference: RayReference | None
     scorers: RayScorers
-    pool: GeneratorPool
+    generators: GeneratorPool
+    references: ReferencePool | None
+    elastic: dict[str, ElasticPool]
+    """The pools by their names for people, each with what starts its workers."""
+    service: str | None
+    """The Serve application that scores."""
 
 
 def _find_start(config: RunConfig, resume: bool) -> _Start:
@@ -179,9 +185,9 @@ async def _train(
 
         pipeline = Pipeline(
             prompts=prompts,
-            pool=workers.pool,
+            pool=workers.generators,
+            references=workers.references,
             scorer=workers.scorers,
-            reference=workers.reference,
             learner=learner,
             controller=kl_controller(kl.controller, coef=kl.coef, target=kl.target, horizon=kl.horizon),
             config=config.ppo,
@@ -191,56 +197,57 @@ async def _train(
         )
         if start.state is not None:
             pipeline.load_state_dict(start.state)
+        steering = Steering(config, pipeline, workers.elastic, service=workers.service)
         with _stop_on_ctrl_c(pipeline):
-            summary = await pipeline.run()
+            async with steering.kept():
+                summary = await pipeline.run()
         await learner.export(config.run_dir / "policy")
     return summary
 
 
 async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, stack: AsyncExitStack) -> Workers:
-    """Start every worker at once; returns when all but the generators are up (the pool waits for its own).
+    """Start every worker at once; returns when all but those of pools are up (a pool waits for its own).
 
     Whatever was started is ended with ``stack``, also when another worker fails to start.
     """
     config, folder = prepared.config, prepared.model_folder
     learner = RayLearner.start(config, folder, critic)
     stack.callback(learner.close)
-    reference = RayReference.start(config, reference_options(config, folder)) if config.reference.count else None
-    if reference is not None:
-        stack.callback(reference.close)
+    elastic: dict[str, ElasticPool] = {}
+    references = None
+    if config.reference.count:
+        reads = reference_options(config, folder)
+        starter = _starter(config.reference, "reference", lambda name: ReferenceActor.start(name, config, reads))
+        stack.push_async_callback(starter.close)
+        references = ReferencePool(starter, **_size(config, config.reference, CONCURRENT_CALLS))
+        elastic["references"] = ElasticPool(config.reference, references, starter)
     scorers = RayScorers.start(config, handle)
     stack.callback(scorers.close)
     options = engine_options(config, folder, context_length=prepared.context_length)
-    # The pool names its workers in this order; the first ones load their model while the learner loads its own.
-    first = {
-        f"generator-{i}": RayGenerator.start(f"generator-{i}", config, options) for i in range(config.generator.count)
+    starter = _starter(config.generator, "generator", lambda name: RayGenerator.start(name, config, options))
+    stack.push_async_callback(starter.close)
+    prompts_each = max(1, config.generator.max_num_seqs // config.ppo.completions)
+    generators = GeneratorPool(starter, **_size(config, config.generator, prompts_each))
+    elastic["generators"] = ElasticPool(config.generator, generators, starter)
+    await wait_ready({**learner.ready_refs(), **scorers.ready_refs()})
+    service = handle.app_name if handle is not None else None
+    return Workers(learner, scorers, generators, references, elastic, service)
+
+
+def _starter(section: PoolSection, kind: str, start: Callable[[str], Any]) -> ActorStarter[Any]:
+    """The pool names its workers in this order; the first ones load their model while the learner loads its own."""
+    return ActorStarter(start, ahead=[f"{kind}-{i}" for i in range(section.needed)])
+
+
+def _size(config: RunConfig, section: PoolSection, max_concurrent: int) -> dict[str, Any]:
+    """Arguments of a pool."""
+    return {
+        "count": section.count,
+        "max_concurrent": max_concurrent,
+        "max_restarts": section.max_restarts,
+        "max_prompt_tries": config.ppo.max_prompt_tries,
+        "shrink_to": section.needed if section.max is not None else None,
     }
-
-    async def close_unused() -> None:
-        for generator in first.values():
-            await generator.close()
-
-    stack.push_async_callback(close_unused)
-
-    async def make(name: str) -> RayGenerator:
-        generator = first.pop(name, None) or RayGenerator.start(name, config, options)
-        try:
-            await generator.ready()
-        except BaseException:
-            await generator.close()
-            raise
-        return generator
-
-    await wait_ready({**learner.ready_refs(), **(reference.ready_refs() if reference else {}), **scorers.ready_refs()})
-    section = config.generator
-    pool = GeneratorPool(
-        make,
-        count=section.count,
-        max_concurrent=max(1, section.max_num_seqs // config.ppo.completions),
-        max_restarts=section.max_restarts,
-        max_prompt_tries=config.ppo.max_prompt_tries,
-    )
-    return Workers(learner, reference, scorers, pool)
 
 
 def parity_tolerance(config: RunConfig) -> float:

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,15 @@ def served_reward(config: RunConfig, model_folder: Path, service: ServedReward |
 def stop_service(name: str) -> None:
     """Delete the application; Serve itself and other applications stay. Harmless when it is gone already."""
     serve.delete(name)
+
+
+def replica_states(name: str) -> dict[str, int]:
+    """Serve's word for a state of replicas, such as RUNNING → how many of the application's are in it."""
+    application = serve.status().applications.get(name)
+    states: Counter[str] = Counter()
+    for deployment in application.deployments.values() if application else ():
+        states.update({str(state.value): n for state, n in deployment.replica_states.items()})
+    return dict(states)
 
 
 def serve_forever(

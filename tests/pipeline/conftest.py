@@ -11,15 +11,15 @@ import pytest
 from rlhf_ray.algorithms.kl import FixedKL
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.pipeline.loop import Pipeline, RunSummary
-from rlhf_ray.pipeline.pool import GeneratorPool
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.testing import (
     FakeGenerator,
     FakeLearner,
     FakePrompts,
     FakeReference,
     FakeScorer,
-    generator_factory,
     simulate,
+    worker_factory,
 )
 
 
@@ -35,7 +35,8 @@ class Run:
     start_seconds: float = 0.0
     prompts: FakePrompts = field(default_factory=FakePrompts)
     scorer: FakeScorer = field(default_factory=FakeScorer)
-    reference: FakeReference = field(default_factory=FakeReference)
+    make_reference: Callable[[str], FakeReference] = FakeReference
+    reference_count: int = 1
     learner: FakeLearner = field(default_factory=FakeLearner)
     controller: Any = field(default_factory=lambda: FixedKL(0.05))
     parity_tolerance: float = 1e-3
@@ -49,17 +50,25 @@ class Run:
         self.samples: list[Mapping[str, Any]] = []
         self.config = PPOConfig(**({"steps": 4, "batch_size": 4} | self.ppo))
         self.pool = GeneratorPool(
-            generator_factory(self._make, seconds=self.start_seconds),
+            worker_factory(self._make, seconds=self.start_seconds),
             count=self.count,
             max_concurrent=self.max_concurrent,
+            max_restarts=self.max_restarts,
+            max_prompt_tries=self.max_prompt_tries,
+        )
+        self.references: dict[str, FakeReference] = {}
+        self.reference_pool = ReferencePool(
+            worker_factory(self._make_reference),
+            count=self.reference_count,
+            max_concurrent=1000,
             max_restarts=self.max_restarts,
             max_prompt_tries=self.max_prompt_tries,
         )
         self.pipeline = Pipeline(
             prompts=self.prompts,
             pool=self.pool,
+            references=self.reference_pool,
             scorer=self.scorer,
-            reference=self.reference,
             learner=self.learner,
             controller=self.controller,
             config=self.config,
@@ -80,6 +89,10 @@ class Run:
     def _make(self, name: str) -> FakeGenerator:
         self.generators[name] = self.make_generator(name)
         return self.generators[name]
+
+    def _make_reference(self, name: str) -> FakeReference:
+        self.references[name] = self.make_reference(name)
+        return self.references[name]
 
     def _on_step(self, row: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
         self.rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 from dataclasses import asdict
@@ -153,7 +154,7 @@ def test_a_crash_loop_ends_the_run_with_its_cause(make_run) -> None:
 
 
 def test_a_scorer_that_fails_ends_the_run_with_its_error_and_closes_the_generators(make_run) -> None:
-    run = make_run(scorer=FakeScorer(fail_at=6), reference=FakeReference(seconds=3.0))
+    run = make_run(scorer=FakeScorer(fail_at=6), make_reference=lambda name: FakeReference(name, seconds=3.0))
     with pytest.raises(ScorerError, match="no score for prompt"):
         run.go()
     assert all(g.closed for g in run.generators.values())
@@ -216,17 +217,91 @@ def test_workers_join_and_leave_in_mid_run(make_run) -> None:
     async def elastic() -> RunSummary:
         running = asyncio.create_task(run.pipeline.run())
         await asyncio.sleep(10)
-        assert run.pool.join() == "generator-1"
+        run.pool.want(3)
+        run.reference_pool.want(2)
         await asyncio.sleep(10)
-        await run.pool.drain("generator-0")
-        assert run.generators["generator-0"].closed
+        assert run.pool.size() == 3
+        assert run.reference_pool.size() == 2
+        run.pool.want(1)
+        run.reference_pool.want(1)
+        await asyncio.sleep(6)
+        assert run.pool.size() == run.reference_pool.size() == 1
         assert not running.done()
         return await running
 
+    def ledger(run: Any) -> dict[str, Any]:
+        return run.pipeline.state_dict()["ledger"]
+
     summary = simulate(elastic())
-    assert (summary.status, summary.lost) == ("finished", 0)
+    assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
     assert sorted(run.trained_ids) == list(range(48))
-    assert run.generators["generator-1"].versions[0] > 0
+    assert [g.closed for g in run.generators.values()] == [True] * 3
+    assert all(g.versions[0] > 0 and g.prompt_ids for name, g in run.generators.items() if name != "generator-0")
+    fixed = make_run(ppo={"steps": 12})
+    fixed.go()
+    assert ledger(run) == ledger(fixed) == {"next_id": 48, "trained": [[0, 47]]}
+
+
+def test_without_staleness_a_pool_that_grows_and_shrinks_does_not_change_the_batches(make_run) -> None:
+    def resize(run: Any, row: dict[str, float]) -> None:
+        run.pool.want([3, 1, 2, 1, 3, 1][int(row["step"]) - 1])
+
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 9)),
+        after_step=resize,
+        ppo={"steps": 6, "batch_size": 4} | SYNCHRONOUS,
+    )
+    run.go()
+    assert len(run.generators) > 3
+    assert run.learner.batches == in_order(6, 4)
+
+
+def test_a_dead_reference_is_replaced_and_nothing_is_lost(make_run) -> None:
+    run = make_run(
+        make_reference=lambda name: FakeReference(name, seconds=1.0, die_at=5 if name == "reference-0" else None)
+    )
+    summary = run.go()
+    assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
+    assert sorted(run.trained_ids) == list(range(16))
+    assert list(run.references) == ["reference-0", "reference-1"]
+    assert all(reference.closed for reference in run.references.values())
+
+
+def test_the_status_shows_the_pools_the_queue_and_where_the_time_goes(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=4.0),
+        scorer=FakeScorer(seconds=1.0),
+        learner=FakeLearner(seconds=2.0),
+        max_concurrent=2,
+        ppo={"steps": 10, "batch_size": 4},
+    )
+
+    async def look() -> dict[str, Any]:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.sleep(22.5)  # pairs of rollouts end every 4 s and are scored for 1 s; steps begin at 9, 17, ...
+        status: dict[str, Any] = run.pipeline.status()
+        run.pipeline.request_stop()
+        await running
+        return status
+
+    status = simulate(look())
+    assert {key: status[key] for key in ("step", "steps", "version")} == {"step": 2, "steps": 10, "version": 2}
+    assert status["staleness"]["bound"] == 1
+    assert status["queue"] == {
+        "slots_in_use": 8,
+        "slots": 8,
+        "waiting_for_a_generator": 4,
+        "being_generated": 2,
+        "being_scored": 0,
+        "finished": 2,
+    }
+    occupancy = status["occupancy"]
+    assert occupancy["generate"] == pytest.approx(1.0)
+    assert occupancy["score"] == pytest.approx(5 / 22.5)
+    assert occupancy["train"] == pytest.approx(4 / 22.5)
+    assert status["generators"]["workers"][0]["in_hand"] == 2
+    assert status["references"]["up"] == 1
+    json.dumps(status, allow_nan=False)
 
 
 # Stopping, checkpoints, resuming
@@ -353,7 +428,7 @@ def test_a_row_has_the_learners_metrics_and_the_pipelines(make_run) -> None:
     run = make_run(
         make_generator=lambda name: FakeGenerator(name, seconds=4.0, update_seconds=0.5, parity=1e-4),
         scorer=FakeScorer(seconds=1.0),
-        reference=FakeReference(seconds=2.0),
+        make_reference=lambda name: FakeReference(name, seconds=2.0),
         learner=FakeLearner(seconds=3.0, publish_seconds=0.25),
         ppo={"steps": 3} | SYNCHRONOUS,
     )
@@ -472,7 +547,7 @@ def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_
     calls = st.none() | st.integers(1, 6)
     deaths = data.draw(st.lists(st.tuples(calls, calls), max_size=4), label="(die_at_generate, die_at_update)")
     slowness = data.draw(st.integers(0, 99), label="seed of the durations")
-    joins = data.draw(st.lists(st.floats(0, 30), max_size=2), label="joins at")
+    sizes = data.draw(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 4)), max_size=4), label="(after, wanted)")
 
     class Watched(FakeGenerator):
         async def generate(self, prompt):
@@ -510,15 +585,16 @@ def test_whatever_dies_joins_or_dawdles_every_prompt_is_trained_once_within_the_
         },
     )
 
-    async def with_joins() -> RunSummary:
+    async def with_sizes() -> RunSummary:
         running = asyncio.create_task(run.pipeline.run())
-        for seconds in sorted(joins):
+        for seconds, number in sizes:
             await asyncio.wait({running}, timeout=seconds)
             if not running.done():
-                run.pool.join()
+                run.pool.want(number)
+                run.reference_pool.want(number)
         return await running
 
-    summary = simulate(with_joins())
+    summary = simulate(with_sizes())
     assert sorted(run.trained_ids) == sorted([*range(steps * batch)] * completions)
     assert all(len(ids) == batch * completions and len(set(ids)) == batch for _, ids in run.learner.batches)
     assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)

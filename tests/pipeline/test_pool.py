@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_ray.errors import ModelError, RlhfRayError, StalenessError, WorkerDiedError
-from rlhf_ray.pipeline.pool import GeneratorPool, WorkerState, advance
-from rlhf_ray.testing import FakeGenerator, FakePrompts, generator_factory, simulate
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
+from rlhf_ray.pipeline.workers import WorkerState, advance
+from rlhf_ray.testing import FakeGenerator, FakePrompts, FakeReference, simulate, worker_factory
 from rlhf_ray.types import Probe, VersionedWeights, WeightAck
 
 Made = dict[str, FakeGenerator]
@@ -37,6 +38,7 @@ def in_pool(
     max_concurrent: int = 4,
     max_restarts: int = 3,
     max_prompt_tries: int = 3,
+    shrink_to: int | None = None,
 ) -> Made:
     """Play a scenario on a pool that has version 0; returns the generators that were made, by name."""
     made: Made = {}
@@ -47,11 +49,12 @@ def in_pool(
 
     async def play() -> None:
         pool = GeneratorPool(
-            generator_factory(remember),
+            worker_factory(remember),
             count=count,
             max_concurrent=max_concurrent,
             max_restarts=max_restarts,
             max_prompt_tries=max_prompt_tries,
+            shrink_to=shrink_to,
         )
         async with asyncio.TaskGroup() as group:
             pool.update_all(published(0), accept)
@@ -220,9 +223,9 @@ def test_a_joining_worker_loads_the_newest_version_first() -> None:
     async def join_late(pool: GeneratorPool, made: Made) -> None:
         await generate(pool, 0)
         pool.update_all(published(4), accept)
-        name = pool.join()
+        pool.want(2)
         await generate(pool, *range(1, 5))
-        assert made[name].versions == [4]
+        assert made["generator-1"].versions == [4]
         assert pool.size() == 2
 
     in_pool(join_late, lambda name: FakeGenerator(name, seconds=1.0))
@@ -322,59 +325,163 @@ def test_a_worker_that_cannot_be_made_ends_the_run() -> None:
     assert str(failing_in_pool(ask, make)) == "no such model"
 
 
-# Leaving
+# Growing and shrinking
 
 
-def test_a_drained_worker_finishes_what_it_has_and_is_closed() -> None:
+def test_a_pool_grows_to_what_is_wanted_and_shrinks_back() -> None:
+    async def grow_and_shrink(pool: GeneratorPool, made: Made) -> None:
+        pool.want(3)
+        assert sorted(set(await generate(pool, *range(6)))) == ["generator-0", "generator-1", "generator-2"]
+        pool.want(1)
+        await generate(pool, 6)
+        assert pool.states() == {"generator-0": WorkerState.READY}
+        assert [g.closed for g in made.values()] == [False, True, True]
+
+    in_pool(grow_and_shrink, lambda name: FakeGenerator(name, seconds=1.0))
+
+
+def test_a_leaving_worker_finishes_what_it_has_and_is_closed() -> None:
     async def drain_one(pool: GeneratorPool, made: Made) -> None:
         under_way = asyncio.create_task(generate(pool, 0, 1))
         await asyncio.sleep(0.5)
-        drained = asyncio.create_task(pool.drain("generator-0"))
+        pool.want(1)
         await asyncio.sleep(0.1)
-        assert pool.states()["generator-0"] is WorkerState.DRAINING
-        assert await generate(pool, 2, 3) == ["generator-1"] * 2
+        assert pool.states()["generator-1"] is WorkerState.DRAINING
+        assert await generate(pool, 2, 3) == ["generator-0"] * 2
         assert sorted(await under_way) == ["generator-0", "generator-1"]
-        await drained
-        assert made["generator-0"].closed
-        assert pool.states() == {"generator-1": WorkerState.READY}
+        assert made["generator-1"].closed
+        assert pool.states() == {"generator-0": WorkerState.READY}
 
     in_pool(drain_one, lambda name: FakeGenerator(name, seconds=1.0), count=2)
 
 
-def test_a_worker_can_be_drained_before_it_is_up() -> None:
-    async def drain_early(pool: GeneratorPool, made: Made) -> None:
-        await pool.drain(pool.join())
-        assert made["generator-1"].closed
-        assert made["generator-1"].versions == []
+def test_the_least_busy_leave_first() -> None:
+    async def shrink(pool: GeneratorPool, made: Made) -> None:
+        busy = [asyncio.create_task(generate(pool, i)) for i in (0, 1, 2)]
+        await asyncio.sleep(4)  # prompts 0 and 2 are still under way
+        pool.want(2)
+        await asyncio.sleep(0.1)
+        assert sorted(pool.states()) == ["generator-0", "generator-2"]
+        await asyncio.gather(*busy)
 
-    in_pool(drain_early)
+    in_pool(shrink, lambda name: FakeGenerator(name, seconds=lambda i: 1.0 if i == 1 else 9.0), count=3)
+
+
+def test_a_worker_that_is_still_starting_leaves_before_one_that_serves_and_what_it_began_is_freed() -> None:
+    freed: list[str] = []
+
+    async def play() -> None:
+        async def factory(name: str) -> FakeGenerator:
+            try:
+                await asyncio.sleep(0 if name == "generator-0" else 1e6)  # the others wait for a place
+            except asyncio.CancelledError:
+                freed.append(name)
+                raise
+            return FakeGenerator(name)
+
+        pool = GeneratorPool(factory, count=2, max_concurrent=4, max_restarts=0, max_prompt_tries=1)
+        async with asyncio.TaskGroup() as group:
+            pool.update_all(published(0), accept)
+            pool.start(group)
+            await asyncio.sleep(5)
+            assert await generate(pool, 0) == ["generator-0"], "one that has no place holds nobody up"
+            pool.want(1)
+            await asyncio.sleep(1)
+            assert pool.states() == {"generator-0": WorkerState.READY}
+            assert freed == ["generator-1"]
+            pool.want(2)
+            pool.want(1)
+            await asyncio.sleep(1)
+            assert pool.states() == {"generator-0": WorkerState.READY}
+            assert freed == ["generator-1"], "generator-2 was not even begun"
+            await pool.close()
+
+    simulate(play())
 
 
 def test_a_worker_that_dies_while_leaving_is_not_replaced_and_its_prompt_is_issued_again() -> None:
-    def make(name: str) -> FakeGenerator:
-        return FakeGenerator(name, seconds=10.0)
-
     async def die_while_draining(pool: GeneratorPool, made: Made) -> None:
         asked = asyncio.create_task(generate(pool, 0, 1))
         await asyncio.sleep(1)
-        drained = asyncio.create_task(pool.drain("generator-0"))
+        pool.want(1)
         await asyncio.sleep(1)
-        made["generator-0"].kill()
-        await drained
-        assert await asked == ["generator-1"] * 2
+        made["generator-1"].kill()
+        assert await asked == ["generator-0"] * 2
         assert list(made) == ["generator-0", "generator-1"]
 
-    in_pool(die_while_draining, make, count=2, max_restarts=0)
+    in_pool(die_while_draining, lambda name: FakeGenerator(name, seconds=10.0), count=2, max_restarts=0)
 
 
-def test_the_last_worker_is_not_drained_and_neither_is_a_stranger() -> None:
+def test_the_last_worker_is_not_let_go() -> None:
     async def drain_wrongly(pool: GeneratorPool, made: Made) -> None:
-        with pytest.raises(RlhfRayError, match="generator-0 is the last one"):
-            await pool.drain("generator-0")
-        with pytest.raises(RlhfRayError, match="no generator x can be drained; there are: generator-0"):
-            await pool.drain("x")
+        with pytest.raises(RlhfRayError, match=r"0 generators cannot be wanted.*keep at least 1"):
+            pool.want(0)
 
     in_pool(drain_wrongly)
+
+
+def test_a_worker_that_went_with_its_node_is_replaced_and_does_not_count() -> None:
+    async def lose_nodes(pool: GeneratorPool, made: Made) -> None:
+        for n in range(4):
+            asked = asyncio.create_task(generate(pool, n))
+            await asyncio.sleep(0.5)
+            made[f"generator-{n}"].kill(with_node=True)
+            assert await asked == [f"generator-{n + 1}"]
+        (worker,) = pool.status()["workers"]
+        assert (worker["name"], worker["restarts"], worker["done"]) == ("generator-4", 4, 1)
+        assert pool.status()["restarts"] == 0
+
+    in_pool(lose_nodes, lambda name: FakeGenerator(name, seconds=1.0), max_restarts=0, max_prompt_tries=1)
+
+
+def test_a_pool_that_follows_the_cluster_shrinks_with_lost_nodes_down_to_its_least() -> None:
+    async def lose_nodes(pool: GeneratorPool, made: Made) -> None:
+        for n, left in ((0, 2), (1, 2)):
+            asked = asyncio.create_task(generate(pool, 0, 1, 2))
+            await asyncio.sleep(0.5)
+            made[f"generator-{n}"].kill(with_node=True)
+            await asked
+            assert (pool.wanted, pool.size()) == (left, left)
+
+    in_pool(lose_nodes, lambda name: FakeGenerator(name, seconds=1.0), count=3, shrink_to=2)
+
+
+def test_the_status_says_what_each_worker_is_doing() -> None:
+    async def look(pool: GeneratorPool, made: Made) -> None:
+        await generate(pool, 0, 1, 2)
+        asked = asyncio.create_task(generate(pool, 3))
+        await asyncio.sleep(0.5)
+        pool.want(2)
+        await asyncio.sleep(0)
+        assert pool.status() == {
+            "wanted": 2,
+            "up": 1,
+            "restarts": 0,
+            "max_restarts": 3,
+            "workers": [
+                {
+                    "name": "generator-0",
+                    "state": "ready",
+                    "version": 0,
+                    "in_hand": 1,
+                    "done": 3,
+                    "restarts": 0,
+                    "node": "nowhere",
+                },
+                {
+                    "name": "generator-1",
+                    "state": "starting",
+                    "version": None,
+                    "in_hand": 0,
+                    "done": 0,
+                    "restarts": 0,
+                    "node": None,
+                },
+            ],
+        }
+        await asked
+
+    in_pool(look, lambda name: FakeGenerator(name, seconds=1.0))
 
 
 def test_closing_ends_every_worker_and_a_failure_to_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -389,3 +496,48 @@ def test_closing_ends_every_worker_and_a_failure_to_close_is_logged(caplog: pyte
     made = in_pool(ask, lambda name: Stubborn(name) if name == "generator-0" else FakeGenerator(name), count=2)
     assert all(g.closed for g in made.values())
     assert "generator-0 could not be closed: stuck" in caplog.text
+
+
+# References
+
+
+def test_the_work_of_a_dead_reference_is_done_again_by_another() -> None:
+    made: list[FakeReference] = []
+
+    def make(name: str) -> FakeReference:
+        made.append(FakeReference(name, seconds=1.0, die_at=2 if name == "reference-0" else None))
+        return made[-1]
+
+    async def play() -> None:
+        pool = ReferencePool(worker_factory(make), count=1, max_concurrent=1000, max_restarts=1, max_prompt_tries=2)
+        generator = FakeGenerator()
+        await generator.update_weights(published(0))
+        async with asyncio.TaskGroup() as group:
+            pool.start(group)
+            rollouts = [rollout for i in range(3) for _, rollout in await generator.generate(FakePrompts().prompt(i))]
+            found = await asyncio.gather(*(pool.logprobs(rollout) for rollout in rollouts))
+            for rollout, logprobs in zip(rollouts, found, strict=True):
+                assert logprobs == pytest.approx([x - 0.01 for x in rollout.rollout_logprobs], abs=1e-6)
+            assert pool.states() == {"reference-1": WorkerState.READY}
+            assert made[0].closed
+            await pool.close()
+
+    simulate(play())
+
+
+def test_a_reference_that_always_dies_ends_the_run_with_the_knob_to_turn() -> None:
+    async def play() -> None:
+        pool = ReferencePool(
+            worker_factory(lambda name: FakeReference(name, die_at=1)),
+            count=1,
+            max_concurrent=1000,
+            max_restarts=2,
+            max_prompt_tries=9,
+        )
+        async with asyncio.TaskGroup() as group:
+            pool.start(group)
+            await pool.logprobs(None)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        simulate(play())
+    assert "reference.max_restarts = 2 replacements are used up" in str(caught.value.exceptions[0])

@@ -12,7 +12,7 @@ import pytest
 from rlhf_ray.errors import ParityError
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.weight_sync import WeightSync
-from rlhf_ray.testing import FakeGenerator, FakeLearner, FakePrompts, generator_factory, simulate
+from rlhf_ray.testing import FakeGenerator, FakeLearner, FakePrompts, simulate, worker_factory
 from rlhf_ray.types import VersionedWeights, WeightAck
 
 
@@ -22,7 +22,7 @@ def ack(parity: float, *, seconds: float = 0.0) -> WeightAck:
 
 def a_pool(count: int = 1) -> GeneratorPool:
     return GeneratorPool(
-        generator_factory(FakeGenerator), count=count, max_concurrent=4, max_restarts=0, max_prompt_tries=1
+        worker_factory(FakeGenerator), count=count, max_concurrent=4, max_restarts=0, max_prompt_tries=1
     )
 
 

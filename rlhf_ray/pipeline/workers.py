@@ -1,0 +1,388 @@
+"""Workers of one kind that come and go while a run goes on: who is there, who may be asked, who joins, leaves and dies.
+
+A worker's life (``WorkerState``); DEAD can be reached from every living state::
+
+    STARTING ──factory done──► STALE ──has what it must have──► READY
+                                 ▲                                │
+                                 └────────── ``make_stale`` ──────┘
+    STARTING, STALE, READY ──told to leave──► DRAINING ──last call done──► GONE
+
+The pool owns the wanted number. ``want`` changes it, and workers join or drain until as many stay (STARTING, STALE,
+READY) as are wanted; a death is a missing worker, and so is replaced. Nobody waits for a worker that is not READY:
+one that cannot be placed holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rlhf_ray.errors import NodeLostError, RlhfRayError, WorkerDiedError
+from rlhf_ray.interfaces import Worker
+
+log = logging.getLogger("rlhf_ray.pipeline")
+
+W = TypeVar("W", bound=Worker)
+R = TypeVar("R")
+
+
+class WorkerState(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    STALE = "stale"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+    DEAD = "dead"
+
+
+TRANSITIONS: Mapping[WorkerState, frozenset[WorkerState]] = {
+    WorkerState.STARTING: frozenset({WorkerState.STALE, WorkerState.DRAINING, WorkerState.DEAD}),
+    WorkerState.STALE: frozenset({WorkerState.READY, WorkerState.DRAINING, WorkerState.DEAD}),
+    WorkerState.READY: frozenset({WorkerState.STALE, WorkerState.DRAINING, WorkerState.DEAD}),
+    WorkerState.DRAINING: frozenset({WorkerState.GONE, WorkerState.DEAD}),
+    WorkerState.GONE: frozenset(),
+    WorkerState.DEAD: frozenset(),
+}
+
+STAYING = (WorkerState.STARTING, WorkerState.STALE, WorkerState.READY)
+"""Living and not leaving; in the order in which they are let go when there are too many."""
+
+
+def advance(now: WorkerState, to: WorkerState) -> WorkerState:
+    """The state after a transition. Raises ``RlhfRayError`` for one that the table does not have."""
+    if to not in TRANSITIONS[now]:
+        raise RlhfRayError(f"a {now.value} worker cannot become {to.value}")
+    return to
+
+
+@dataclass(eq=False)
+class Member(Generic[W]):
+    """A worker, as its pool knows it."""
+
+    name: str
+    restarts: int
+    """Workers that died in this one's place before it."""
+    state: WorkerState = WorkerState.STARTING
+    worker: W | None = None
+    making: asyncio.Future[W] | None = None
+    version: int | None = None
+    running: int = 0
+    done: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # it has become stale, or is to leave
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    @property
+    def leaving(self) -> bool:
+        """It was told to go: nobody waits any longer for a place that the cluster may never have for it."""
+        return self.state is WorkerState.DRAINING
+
+    def become(self, to: WorkerState) -> None:
+        self.state = advance(self.state, to)
+
+    def start_one(self) -> None:
+        self.running += 1
+        self.idle.clear()
+
+    def end_one(self) -> None:
+        self.running -= 1
+        if self.running == 0:
+            self.idle.set()
+
+
+class WorkerPool(Generic[W]):
+    """Brings workers up, gives them calls, lets them go and replaces the dead; ``pool.py`` has one for each kind.
+
+    Args:
+        factory: makes a worker of the given name, ready to be asked. ``WorkerDiedError`` from it counts as a death; any
+            other error ends the run. When cancelled it frees what it has started.
+        count: workers to begin with.
+        max_concurrent: most calls that one worker has at once.
+        max_restarts: replacements of dead workers before the run ends with the cause. Workers that went with their node
+            do not count.
+        max_prompt_tries: workers that may die on one call before the run ends; again without lost nodes.
+        shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
+    """
+
+    kind: ClassVar[str]
+    """Section of the configuration, and what workers' names begin with."""
+
+    def __init__(
+        self,
+        factory: Callable[[str], Awaitable[W]],
+        *,
+        count: int,
+        max_concurrent: int,
+        max_restarts: int,
+        max_prompt_tries: int,
+        shrink_to: int | None = None,
+    ) -> None:
+        self.wanted = count
+        self._factory = factory
+        self._max_concurrent = max_concurrent
+        self._max_restarts = max_restarts
+        self._max_prompt_tries = max_prompt_tries
+        self._shrink_to = shrink_to
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._members: dict[str, Member[W]] = {}
+        self._named = 0
+        self._closing = False
+        self._restarts = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        """Begin to bring up the wanted number, all at once; each is asked as soon as it is READY.
+
+        Their lives are tasks of ``group``: an error that no restart can mend ends it.
+        """
+        self._group = group
+        self._fit()
+
+    def want(self, count: int) -> None:
+        """Have so many workers from now on. Returns at once: they join and drain in their own time.
+
+        Those that are not up yet leave first, then the least busy; each finishes the calls that it has.
+
+        Raises:
+            RlhfRayError: none would be left.
+        """
+        if count < 1:
+            raise RlhfRayError(f"{count} {self.kind}s cannot be wanted: the run would stand still; keep at least 1")
+        self.wanted = count
+        if self._group is not None:
+            self._fit()
+
+    def states(self) -> dict[str, WorkerState]:
+        """State of every worker that has not gone, by name."""
+        return {name: member.state for name, member in self._members.items()}
+
+    def size(self) -> int:
+        """Workers that are up and not leaving."""
+        return sum(m.state in (WorkerState.STALE, WorkerState.READY) for m in self._members.values())
+
+    def status(self) -> dict[str, Any]:
+        """For people and programs that look at the run; JSON-ready."""
+        return {
+            "wanted": self.wanted,
+            "up": self.size(),
+            "restarts": self._restarts,
+            "max_restarts": self._max_restarts,
+            "workers": [
+                {
+                    "name": member.name,
+                    "state": member.state.value,
+                    "version": member.version,
+                    "in_hand": member.running,
+                    "done": member.done,
+                    "restarts": member.restarts,
+                    "node": member.worker.node if member.worker else None,
+                }
+                for member in self._members.values()
+            ],
+        }
+
+    async def close(self) -> None:
+        """End every worker; calls under way are dropped. May be called again."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        members = list(self._members.values())
+        results = await asyncio.gather(*(self._close(m) for m in members), return_exceptions=True)
+        for member, result in zip(members, results, strict=True):
+            if isinstance(result, Exception):  # the run's own outcome must not be hidden behind it
+                log.warning("%s could not be closed: %s", member.name, result)
+        self._members.clear()
+
+    def make_stale(self) -> None:
+        """From this moment nobody is given a call before ``_refresh`` has said that it may be."""
+        for member in self._members.values():
+            if member.state is WorkerState.READY:
+                member.become(WorkerState.STALE)
+            member.news.set()
+
+    async def _refresh(self, member: Member[W], worker: W) -> bool:
+        """Give a STALE worker what it must have before it is READY; False: not yet, try again after ``make_stale``."""
+        return True
+
+    async def _call(self, call: Callable[[Member[W], W], Awaitable[R]], hopeless: Callable[[int], str]) -> R:
+        """Make a call on the least loaded READY worker; on another one if that dies.
+
+        Args:
+            call: may be made several times.
+            hopeless: what to say when so many workers have died on it.
+
+        Raises:
+            RlhfRayError: ``max_prompt_tries`` workers died on this call.
+            WorkerDiedError: more workers died than ``max_restarts`` replaces.
+        """
+        tries = 0
+        again = False
+        while True:
+            member = await self._seat(first_in_line=again)
+            assert member.worker is not None
+            try:
+                result = await call(member, member.worker)
+                member.done += 1
+                return result
+            except WorkerDiedError as error:
+                self._bury(member, error)
+                tries += not isinstance(error, NodeLostError)
+                if tries == self._max_prompt_tries:
+                    raise RlhfRayError(hopeless(tries)) from error
+                again = True
+            finally:
+                member.end_one()
+                self._call_next()
+
+    async def _seat(self, *, first_in_line: bool) -> Member[W]:
+        """Wait for a READY worker with room and take the place, with nothing happening between the two."""
+        while True:
+            if (member := self._least_loaded()) is not None:
+                member.start_one()
+                return member
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if first_in_line:
+                self._waiting.appendleft(turn)
+            else:
+                self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:  # it had been called: the place goes to the next in line
+                    self._call_next()
+                raise
+            first_in_line = True
+
+    def _least_loaded(self) -> Member[W] | None:
+        free = [m for m in self._members.values() if m.state is WorkerState.READY and m.running < self._max_concurrent]
+        return min(free, key=lambda m: m.running, default=None)
+
+    def _call_next(self) -> None:
+        """Let as many waiting calls go as there are free places; one that comes too late goes back to the front."""
+        free = sum(self._max_concurrent - m.running for m in self._members.values() if m.state is WorkerState.READY)
+        for _ in range(min(free, len(self._waiting))):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+
+    def _fit(self, restarts: int = 0) -> None:
+        """Let workers join or leave until as many stay as are wanted."""
+        if self._closing:
+            return
+        staying = [m for m in self._members.values() if m.state in STAYING]
+        for _ in range(self.wanted - len(staying)):
+            self._join(restarts)
+        staying.reverse()  # the sort is stable: among equals the newest leaves first
+        staying.sort(key=lambda m: (STAYING.index(m.state), m.running))
+        for member in staying[: max(0, len(staying) - self.wanted)]:
+            member.become(WorkerState.DRAINING)
+            member.news.set()
+            if member.making is not None:
+                member.making.cancel()
+
+    def _join(self, restarts: int) -> None:
+        member: Member[W] = Member(f"{self.kind}-{self._named}", restarts)
+        self._named += 1
+        self._members[member.name] = member
+        self._spawn(self._live(member), member.name)
+
+    async def _live(self, member: Member[W]) -> None:
+        """One worker's whole life. Waits for ``news``: it has become stale, or is to leave."""
+        try:
+            member.worker = await self._make(member)
+            if member.state is WorkerState.STARTING:
+                member.become(WorkerState.STALE)
+            while member.worker is not None and member.state in (WorkerState.STALE, WorkerState.READY):
+                member.news.clear()
+                if member.state is WorkerState.READY or not await self._refresh(member, member.worker):
+                    await member.news.wait()
+                elif member.state is WorkerState.STALE:
+                    member.become(WorkerState.READY)
+                    self._call_next()
+            if member.state is WorkerState.DRAINING:
+                await member.idle.wait()
+        except WorkerDiedError as error:
+            self._bury(member, error)
+        if member.state is WorkerState.DRAINING:
+            await self._close(member)
+            member.become(WorkerState.GONE)
+            del self._members[member.name]
+
+    async def _make(self, member: Member[W]) -> W | None:
+        """The worker; None if it was told to leave before it was up."""
+        if member.leaving:
+            return None
+        member.making = asyncio.ensure_future(self._factory(member.name))
+        try:
+            return await member.making
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            return None  # only ``_fit`` cancels the making: the worker is to leave
+        finally:
+            member.making = None
+
+    def _bury(self, member: Member[W], error: WorkerDiedError) -> None:
+        """A worker died. Everyone who was waiting for it reports it; the first report counts."""
+        if member.state is WorkerState.DEAD:
+            return
+        leaving, node_lost = member.leaving, isinstance(error, NodeLostError)
+        member.become(WorkerState.DEAD)
+        member.news.set()
+        counts = not leaving and not node_lost
+        if counts and self._restarts >= self._max_restarts:
+            raise WorkerDiedError(
+                f"{member.name} died ({error}) and {self.kind}.max_restarts = {self._max_restarts} replacements are "
+                f"used up; mend the cause, or raise {self.kind}.max_restarts"
+            ) from error
+        self._restarts += counts
+        fate = f"replacing it ({self._restarts} of {self._max_restarts})"
+        if leaving:
+            fate = "it was leaving"
+        elif node_lost and self._shrink_to is not None and self.wanted > self._shrink_to:
+            self.wanted -= 1
+            fate = f"its node is gone, going on with {self.wanted}"
+        elif node_lost:
+            fate = "its node is gone, another one starts as soon as there is room"
+        log.warning("%s died: %s; %s", member.name, error, fate)
+        self._spawn(self._replace(member), f"replace {member.name}")
+
+    async def _replace(self, member: Member[W]) -> None:
+        # What the dead worker still holds (its cores, its memory) is freed first: the new one may need it.
+        await self._close(member)
+        del self._members[member.name]
+        self._fit(restarts=member.restarts + 1)
+
+    async def _close(self, member: Member[W]) -> None:
+        if member.worker is None:
+            return
+        try:
+            await member.worker.close()
+        except WorkerDiedError as error:
+            log.debug("%s was dead when it was closed: %s", member.name, error)
+        member.worker = None
+
+    def _spawn(self, life: Coroutine[None, None, None], name: str) -> None:
+        assert self._group is not None, "start() comes first"
+        task = self._group.create_task(life, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _is_cancelled() -> bool:
+    """Whether this task itself was cancelled, and not only what it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,191 @@
+"""The run's side of ``live.py``: it says how it stands, takes wishes, and lets its pools follow the cluster.
+
+    every second        control/scale.json ──► the pools' wanted numbers
+    every other one     room on the nodes ──► pools with a ``max`` grow     everything ──► status.json
+
+A pool with a ``max`` grows into room that is free at the moment, after all other workers have theirs; it never queues
+up for more, so it takes nothing that a dead worker's successor waits for. What it has no room for yet it asks Ray's
+autoscaler for. A worker that goes with its node is let go (``WorkerPool.shrink_to``) until there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from rlhf_ray.actors.starting import ActorStarter
+from rlhf_ray.cluster import Need, ask_autoscaler, room_for, worker_needs
+from rlhf_ray.config import PoolSection, RunConfig
+from rlhf_ray.metrics import STATUS_FILE, read_json, write_json
+from rlhf_ray.pipeline.loop import Pipeline, first_error
+from rlhf_ray.pipeline.workers import WorkerPool
+from rlhf_ray.stages.live import POOLS, SCALE_FILE, refusal_of
+from rlhf_ray.stages.serve import replica_states
+
+log = logging.getLogger("rlhf_ray.ppo")
+
+TICK_SECONDS = 1.0
+
+PASSING = (OSError, RayError, RayServeException)
+"""A file that cannot be written, a cluster that does not answer: said, and tried again."""
+
+
+@dataclass
+class ElasticPool:
+    """A pool, its section of the configuration, and what starts its workers."""
+
+    section: PoolSection
+    pool: WorkerPool[Any]
+    starter: ActorStarter[Any]
+
+    def __post_init__(self) -> None:
+        self.ceiling = self.section.max
+        """Most that a pool which follows the cluster grows to; None: it does not."""
+
+    def scale(self, number: int) -> None:
+        """Take a person's wish."""
+        if self.ceiling is None:
+            self.pool.want(number)
+        else:
+            self.ceiling = number
+            self.pool.want(min(number, self.pool.wanted))
+
+    def status(self) -> dict[str, Any]:
+        """What people may ask for, and how many wait for a place."""
+        return {
+            "min": self.section.min or 1,
+            "max": self.section.max,
+            "asked": self.pool.wanted if self.ceiling is None else self.ceiling,
+            "unplaced": len(self.starter.unplaced),
+        }
+
+
+class Steering:
+    """Keeps a run's status and steers its pools while the run goes on.
+
+    Args:
+        pools: by their names in ``live.POOLS``.
+        service: name of the Serve application that scores; None where there is none.
+    """
+
+    def __init__(
+        self, config: RunConfig, pipeline: Pipeline, pools: dict[str, ElasticPool], *, service: str | None
+    ) -> None:
+        self._config = config
+        self._pipeline = pipeline
+        self._pools = pools
+        self._service = service
+        self._taken: dict[str, Any] = {}
+        self._replicas: dict[str, int] = {}
+        self._over = asyncio.Event()
+        self._writing = threading.Lock()  # a thread may still write while the last status is written
+        self._follows = any(pool.ceiling is not None for pool in pools.values())
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Steer for the block, and leave a last status."""
+        (self._config.run_dir / SCALE_FILE).unlink(missing_ok=True)  # a wish to an earlier run
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._keep(), name="steering")
+                try:
+                    yield
+                finally:
+                    self._over.set()
+        except BaseExceptionGroup as group:
+            cause = first_error(group)
+            raise cause from cause.__cause__
+        finally:
+            if self._follows:
+                ask_autoscaler([])
+            self._write(self._status() | {"ended": True})
+
+    async def _keep(self) -> None:
+        tick = 0
+        if self._follows:
+            await asyncio.to_thread(ask_autoscaler, self._needs())
+        while not self._over.is_set():
+            try:
+                taken = await self._take_wish()
+                if taken or tick % 2 == 0:
+                    await self._follow()
+                    if self._service is not None:
+                        self._replicas = await asyncio.to_thread(replica_states, self._service)
+                    await asyncio.to_thread(self._write, self._status())
+            except PASSING as error:
+                log.warning("the run's status could not be kept this time: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), TICK_SECONDS)
+            tick += 1
+
+    async def _take_wish(self) -> bool:
+        """Do what ``scale`` asked for, once; whether there was something."""
+        path = self._config.run_dir / SCALE_FILE
+        try:
+            wish = await asyncio.to_thread(read_json, path)
+        except (ValueError, TypeError) as error:
+            log.warning("%s is no wish that `rlhf-ray scale` wrote, and was removed: %s", path, error)
+            path.unlink(missing_ok=True)
+            return False
+        if not wish or wish.get("id") == self._taken.get("id"):
+            return False
+        wanted = {name: wish[name] for name in POOLS if name in wish}
+        refusal = refusal_of(wanted, {name: pool.status() for name, pool in self._pools.items()})
+        self._taken = wish | {"refused": refusal}
+        if refusal:
+            log.warning("scale was refused: %s", refusal)
+            return True
+        log.info("scale: %s", ", ".join(f"{number} {name}" for name, number in wanted.items()))
+        for name, number in wanted.items():
+            self._pools[name].scale(number)
+        if self._follows:
+            await asyncio.to_thread(ask_autoscaler, self._needs())
+        return True
+
+    async def _follow(self) -> None:
+        """Let pools grow into the room that there is; references first, since generators are of no use without."""
+        for name in reversed([name for name in POOLS if name in self._pools]):
+            grown = self._pools[name]
+            if grown.ceiling is None or grown.pool.wanted >= grown.ceiling:
+                continue
+            room = await asyncio.to_thread(room_for, self._need(name))
+            # Whoever is not placed yet will take room that counts as free now.
+            room -= sum(len(pool.starter.unplaced) for pool in self._pools.values())
+            if room > 0:
+                grown.pool.want(min(grown.ceiling, grown.pool.wanted + room))
+                log.info("the cluster has room for more %s: going on with %d", name, grown.pool.wanted)
+                return  # what is left is known only once they are placed
+
+    def _need(self, name: str) -> Need:
+        section = name.removesuffix("s")
+        return next(need for need in worker_needs(self._config) if need.section == section)
+
+    def _needs(self) -> list[Need]:
+        """All workers that the run would have if there was room."""
+        asked = {name.removesuffix("s"): pool.status()["asked"] for name, pool in self._pools.items()}
+        return [replace(need, count=asked.get(need.section, need.count)) for need in worker_needs(self._config)]
+
+    def _status(self) -> dict[str, Any]:
+        status = self._pipeline.status()
+        for name, pool in self._pools.items():
+            status[name] = pool.status() | status[name]
+        return {
+            "at": time.time(),
+            "ended": False,
+            **status,
+            "replicas": self._replicas,
+            "scale": self._taken or None,
+        }
+
+    def _write(self, status: dict[str, Any]) -> None:
+        with self._writing:
+            write_json(self._config.run_dir / STATUS_FILE, status)
