@@ -117,7 +117,7 @@ def replica_states(name: str) -> dict[str, int]:
     application = serve.status().applications.get(name)
     states: Counter[str] = Counter()
     for deployment in application.deployments.values() if application else ():
-        states.update({str(state.value): n for state, n in deployment.replica_states.items()})
+        states.update({str(state): n for state, n in deployment.replica_states.items()})
     return dict(states)
 
 

@@ -1,0 +1,198 @@
+"""A run whose workers come and go: scaled by command, followed over nodes, and looked at from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from typer.testing import CliRunner
+
+import rlhf_ray
+from rlhf_ray.cli import app
+from rlhf_ray.config import RunConfig
+from rlhf_ray.pipeline.summary import RunSummary
+from rlhf_ray.stages.ppo import run_ppo
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture
+def make_config(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """A run that goes on until it is stopped, scored by a function."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scaling_rewards.py").write_text(
+        "def brevity(completion_ids, **kwargs):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "The {name} {i} leaves"}}\n' for i in range(5)))
+
+    def make(**sections: dict[str, Any]) -> RunConfig:
+        base: dict[str, Any] = {
+            "name": "scaled",
+            "output_dir": str(tmp_path / "runs"),
+            "model": {"path": str(tiny_model_dir)},
+            "prompts": {
+                "path": str(tmp_path / "train.jsonl"),
+                "eval_path": str(tmp_path / "held_out.jsonl"),
+                "max_tokens": 64,
+            },
+            "sampling": {"max_new_tokens": 8},
+            "scorers": [{"kind": "function", "name": "brevity", "function": "scaling_rewards:brevity"}],
+            "generator": {"num_cpus": 1, "kv_cache_gb": 0.02, "max_num_seqs": 1, "threads": 1, "dtype": "float32"},
+            "reference": {"num_cpus": 0.25, "threads": 1, "precision": "float32"},
+            "learner": {"num_cpus": 0.25, "lr": 1e-4, "threads": 1, "precision": "float32"},
+            "ppo": {"steps": 100_000, "batch_size": 8},
+        }
+        for name, section in sections.items():
+            base[name] = base[name] | section
+        return RunConfig.model_validate(base)
+
+    return make
+
+
+class Operator:
+    """Someone at another terminal: sees files and processes, and has no connection to Ray."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._errands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+
+    def in_main_thread(self, errand: Callable[[], Any]) -> Any:
+        """Have it done after the next step: starting a node sets handlers of signals."""
+        done: Future[Any] = Future()
+        self._errands.put((errand, done))
+        return done.result(PATIENCE_SECONDS)
+
+    def run_errands(self, row: Any) -> None:
+        while not self._errands.empty():
+            errand, done = self._errands.get()
+            done.set_result(errand())
+
+    def wait_for(self, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first status in which it holds."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        now: dict[str, Any] = {}
+        while time.monotonic() < end:
+            if (self.run_dir / "status.json").exists() and what(now := rlhf_ray.status(self.run_dir)):
+                return now
+            time.sleep(0.2)
+        raise AssertionError(f"waited in vain; the last status: {now}")
+
+    def command(self, *arguments: str) -> Any:
+        return CliRunner().invoke(app, [arguments[0], str(self.run_dir), *arguments[1:]])
+
+
+def operated(config: RunConfig, work: Callable[[Operator], None]) -> RunSummary:
+    """The run's summary, after ``work`` was done beside it and it was then stopped as by Ctrl-C."""
+
+    def operate() -> None:
+        try:
+            operator.wait_for(lambda now: now["step"] >= 1)
+            work(operator)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    operator = Operator(config.run_dir)
+    with ThreadPoolExecutor(1) as threads:
+        operating = threads.submit(operate)
+        summary = run_ppo(config, on_step=operator.run_errands)
+        operating.result()
+    return summary
+
+
+def up(now: dict[str, Any], pool: str = "generators") -> dict[str, Any]:
+    """The workers that have done something and stay, by name."""
+    return {w["name"]: w for w in now[pool]["workers"] if w["done"] and w["state"] in ("ready", "stale")}
+
+
+@pytest.fixture
+def cluster(ray_temp_dir: Path) -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+    yield
+    ray.shutdown()
+
+
+def test_a_run_is_scaled_by_command_and_its_killed_reference_is_replaced(
+    cluster: None, make_config: Callable[..., RunConfig]
+) -> None:
+    def work(operator: Operator) -> None:
+        result = operator.command("scale", "--generators", "3")
+        assert result.exit_code == 0, result.output
+        assert "generators: 1 up of 3 wanted" in result.output
+        operator.wait_for(lambda now: len(up(now)) == 3)
+        table = operator.command("status").output
+        assert ": running\n" in table
+        for n in range(3):
+            assert f"\ngenerator-{n}  " in table
+
+        assert rlhf_ray.scale(operator.run_dir, generators=1)["generators"]["wanted"] == 1
+        alone = operator.wait_for(lambda now: len(now["generators"]["workers"]) == 1)
+        assert alone["generators"]["restarts"] == 0
+
+        (reference,) = (p for p in psutil.Process().children(recursive=True) if "ReferenceWorker" in p.name())
+        reference.send_signal(signal.SIGKILL)
+        replaced = operator.wait_for(lambda now: "reference-1" in up(now, "references"))
+        assert replaced["references"]["restarts"] == 1
+
+        for arguments, refusal in (
+            (("--generators", "0"), "generators = 0 is below 1"),
+            (("--references", "5"), "references = 5 is above reference.max = 1"),
+            ((), "scale needs a number"),
+        ):
+            refused = operator.command("scale", *arguments)
+            assert refused.exit_code == 2
+            assert refusal in refused.stderr
+        printed = json.loads(operator.command("status", "--json").output)
+        assert printed["running"] is True
+        assert printed["queue"]["slots"] == 16
+        assert printed["staleness"]["bound"] == 1
+        assert 0 < printed["occupancy"]["generate"] <= 1
+
+    config = make_config(reference={"max": 1})
+    summary = operated(config, work)
+    assert summary.status == "interrupted"
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert summary.staleness_max <= 1
+    after = rlhf_ray.status(config.run_dir)
+    assert (after["status"], after["running"], after["step"]) == ("interrupted", False, summary.steps)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """Two cores: enough for one generator of the run and all else. More nodes come and go."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
+    nodes: Cluster, make_config: Callable[..., RunConfig]
+) -> None:
+    def work(operator: Operator) -> None:
+        for _ in range(2):
+            before = rlhf_ray.status(operator.run_dir)["generators"]
+            assert (before["up"], before["wanted"], before["asked"], before["unplaced"]) == (1, 1, 2, 0)
+            node = operator.in_main_thread(lambda: nodes.add_node(num_cpus=1))
+            grown = operator.wait_for(lambda now: len(up(now)) == 2)
+            assert len({worker["node"] for worker in up(grown).values()}) == 2
+            nodes.remove_node(node, allow_graceful=False)
+            operator.wait_for(lambda now: len(now["generators"]["workers"]) == now["generators"]["wanted"] == 1)
+
+    summary = operated(make_config(generator={"max": 2, "max_restarts": 0}), work)
+    assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
