@@ -79,11 +79,11 @@ def run(*arguments: object) -> click.testing.Result:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in (*COMMANDS, "config"):
+    for command in (*COMMANDS, "config", "status", "scale"):
         assert f" {command} " in result.output
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "config"])
+@pytest.mark.parametrize("command", [*COMMANDS, "config", "status", "scale"])
 def test_each_command_s_help_ends_with_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -296,6 +296,14 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "ppo.completions = 3 does not divide ppo.batch_size = 8; choose completions from [1, 2, 4, 8] (run.yaml:6)",
         ),
         (
+            "generator: {count: 2, min: 3}",
+            "generator.min = 3 is above generator.count = 2; lower it, or raise the count (run.yaml:6)",
+        ),
+        (
+            "reference: {count: 4, max: 3}",
+            "reference.max = 3 is below reference.count = 4; raise it, or lower the count (run.yaml:6)",
+        ),
+        (
             "learner: {betas: [0.9, 1.0]}",
             "learner.betas = [0.9, 1.0] must each be at least 0 and below 1 (run.yaml:6)",
         ),

@@ -185,14 +185,13 @@ def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
     nodes: Cluster, make_config: Callable[..., RunConfig]
 ) -> None:
     def work(operator: Operator) -> None:
-        for _ in range(2):
-            before = rlhf_ray.status(operator.run_dir)["generators"]
-            assert (before["up"], before["wanted"], before["asked"], before["unplaced"]) == (1, 1, 2, 0)
-            node = operator.in_main_thread(lambda: nodes.add_node(num_cpus=1))
-            grown = operator.wait_for(lambda now: len(up(now)) == 2)
-            assert len({worker["node"] for worker in up(grown).values()}) == 2
-            nodes.remove_node(node, allow_graceful=False)
-            operator.wait_for(lambda now: len(now["generators"]["workers"]) == now["generators"]["wanted"] == 1)
+        before = rlhf_ray.status(operator.run_dir)["generators"]
+        assert (before["up"], before["wanted"], before["asked"], before["unplaced"]) == (1, 1, 2, 0)
+        node = operator.in_main_thread(lambda: nodes.add_node(num_cpus=1))
+        grown = operator.wait_for(lambda now: len(up(now)) == 2)
+        assert len({worker["node"] for worker in up(grown).values()}) == 2
+        nodes.remove_node(node, allow_graceful=False)
+        operator.wait_for(lambda now: len(now["generators"]["workers"]) == now["generators"]["wanted"] == 1)
 
     summary = operated(make_config(generator={"max": 2, "max_restarts": 0}), work)
     assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
