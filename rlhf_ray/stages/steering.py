@@ -105,9 +105,12 @@ class Steering:
             cause = first_error(group)
             raise cause from cause.__cause__
         finally:
-            if self._follows:
-                ask_autoscaler([])
-            self._write(self._status() | {"ended": True})
+            try:
+                self._write(self._status() | {"ended": True})
+                if self._follows:
+                    ask_autoscaler([])
+            except PASSING as error:  # the run's own outcome must not be hidden behind it
+                log.warning("the run's last status was not written, or its request to the autoscaler stands: %s", error)
 
     async def _keep(self) -> None:
         tick = 0
