@@ -6,13 +6,15 @@
       COMPLETE               written last
 
 ``COMPLETE`` holds the SHA-256 of what stands beside it. Tensors are safetensors and the rest is JSON: reading a
-checkpoint never runs code.
+checkpoint never runs code. The newest one that is whole by its hashes is the one to go on from; a damaged one is named
+and passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,10 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import CheckpointError, InputError
+
+log = logging.getLogger("rlhf_ray.checkpoint")
 
 MARKER = "COMPLETE"
 TENSORS_FILE = "tensors.safetensors"
@@ -31,6 +36,7 @@ STATE_FILE = "state.json"
 
 _TEMPORARY = ".tmp"
 _REPLACED = ".old"
+_SET_ASIDE = ".damaged"
 
 
 def save_checkpoint(folder: Path, *, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -39,8 +45,11 @@ def save_checkpoint(folder: Path, *, tensors: Mapping[str, Tensor], state: Mappi
     Args:
         tensors: contiguous; no two may share memory.
         state: what JSON can hold.
+
+    Raises:
+        CheckpointError: the disk is full, or fails; nothing half-written is left.
     """
-    with replaced_folder(folder) as temporary:
+    with _disk_failures_named(folder), replaced_folder(folder) as temporary:
         if tensors:
             save_file(dict(tensors), temporary / TENSORS_FILE)
         (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -65,18 +74,36 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def check_complete(folder: Path) -> None:
-    """Read every file that the marker names.
+    """Read every file that the marker names, and in folders inside it every file that theirs name.
 
     Raises:
-        InputError: no marker, or a file that is not the one that was marked.
+        InputError: no marker, one that is damaged, or a file that is not the one that was marked.
     """
+    for name, digest in _marked_files(folder).items():
+        path = folder / name
+        try:
+            whole = path.is_file() and _sha256(path) == digest
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); resume from an earlier checkpoint") from error
+        if not whole:
+            raise InputError(f"{path} is missing or damaged (its SHA-256 differs); resume from an earlier checkpoint")
+        if path.name == MARKER:
+            check_complete(path.parent)
+
+
+def _marked_files(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of what the marker of ``folder`` names."""
     marker = folder / MARKER
     if not marker.is_file():
         raise InputError(f"the checkpoint {folder} is not complete: it has no file {MARKER}; resume from another one")
-    for name, digest in json.loads(marker.read_text(encoding="utf-8")).items():
-        path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise InputError(f"{path} is missing or damaged (its SHA-256 differs); resume from an earlier checkpoint")
+    try:
+        digests = json.loads(marker.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{marker} is damaged ({error}); resume from an earlier checkpoint") from error
+    names_files = isinstance(digests, dict) and digests and all(isinstance(d, str) for d in digests.values())
+    if not names_files:
+        raise InputError(f"{marker} is damaged (it names no files); resume from an earlier checkpoint")
+    return dict(digests)
 
 
 def mark_complete(folder: Path) -> None:
@@ -86,6 +113,7 @@ def mark_complete(folder: Path) -> None:
 
     Raises:
         InputError: a folder inside has no marker.
+        CheckpointError: the disk is full, or fails.
     """
     digests: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
@@ -95,20 +123,55 @@ def mark_complete(folder: Path) -> None:
         if part != folder / MARKER:
             digests[str(part.relative_to(folder))] = _sha256(part)
     temporary = folder / f".{MARKER}{_TEMPORARY}"
-    temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
-    _fsync(temporary)
-    temporary.rename(folder / MARKER)
-    _fsync(folder)
+    with _disk_failures_named(folder):
+        temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        _fsync(temporary)
+        temporary.rename(folder / MARKER)
+        _fsync(folder)
+
+
+def marked_checkpoints(root: Path) -> list[Path]:
+    """The folders in ``root`` that are marked complete, by name; none of their files is read."""
+    if not root.is_dir():
+        return []
+    return sorted(
+        folder
+        for folder in root.iterdir()
+        if (folder / MARKER).is_file() and folder.suffix not in (_TEMPORARY, _REPLACED, _SET_ASIDE)
+    )
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The last folder in ``root``, by name, that is marked complete; None if there is none."""
-    return next(reversed(_complete(root)), None)
+    """The last folder in ``root``, by name, that is whole: every file of it is read. None if there is none.
+
+    A warning names each damaged one that is passed over, and what is wrong with it.
+    """
+    for folder in reversed(marked_checkpoints(root)):
+        try:
+            check_complete(folder)
+        except InputError as error:
+            log.warning("%s is passed over: %s", folder, error)
+        else:
+            return folder
+    return None
+
+
+def set_aside_after(start: Path) -> None:
+    """Take the checkpoints that are newer than ``start`` out of the way of a run that goes on from it.
+
+    They are damaged: counted as the newest ones, they would have the run's own pruned away. They keep their content
+    under another name until the run is past them.
+    """
+    for folder in marked_checkpoints(start.parent):
+        if folder.name > start.name:
+            aside = folder.with_name(folder.name + _SET_ASIDE)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def prune(root: Path, keep: int) -> None:
     """Remove all but the ``keep`` last complete checkpoints, and what older interrupted writes have left."""
-    kept = _complete(root)[-keep:]
+    kept = marked_checkpoints(root)[-keep:]
     if not kept:
         return
     for folder in root.iterdir():
@@ -129,11 +192,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for path in temporary.rglob("*"):
+            _fsync(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for path in temporary.rglob("*"):
-        _fsync(path)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -141,14 +204,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _complete(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(
-        folder
-        for folder in root.iterdir()
-        if (folder / MARKER).is_file() and folder.suffix not in (_TEMPORARY, _REPLACED)
-    )
+@contextmanager
+def _disk_failures_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written ({error}); free space on its disk, or set output_dir to a larger one"
+        ) from error
 
 
 def _sha256(path: Path) -> str:

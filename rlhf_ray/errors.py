@@ -10,6 +10,7 @@
     ├── NumericalError (RuntimeError) NaN or infinity where a number must be, too often to go on
     ├── StalenessError (RuntimeError) an experience older than ``ppo.max_staleness`` reached the learner (a bug)
     ├── ScorerError (RuntimeError)   a score could not be had
+    ├── CheckpointError (OSError)    a checkpoint could not be written
     └── WorkerDiedError (RuntimeError) a worker process is gone
         └── NodeLostError        it went with its node
 
@@ -57,6 +58,10 @@ class StalenessError(RlhfRayError, RuntimeError):
 
 class ScorerError(RlhfRayError, RuntimeError):
     """A rollout could not be scored; a missing score is never a zero."""
+
+
+class CheckpointError(RlhfRayError, OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class WorkerDiedError(RlhfRayError, RuntimeError):

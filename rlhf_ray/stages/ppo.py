@@ -138,15 +138,18 @@ class Workers:
 
 def _find_start(config: RunConfig, resume: bool) -> _Start:
     root = config.run_dir / "checkpoints"
-    folder = checkpoint.latest_checkpoint(root)
+    marked = checkpoint.marked_checkpoints(root)
     if not resume:
-        if folder is not None:
+        if marked:
             raise ConfigError(
                 f"{root} holds checkpoints of an earlier run; resume it, choose another name, or remove that folder"
             )
         return _Start()
+    folder = checkpoint.latest_checkpoint(root)
     if folder is None:
-        raise ConfigError(f"--resume: there is no whole checkpoint in {root}; run without --resume to start afresh")
+        damaged = f", and the {len(marked)} that are marked complete are damaged" if marked else ""
+        remedy = "put a copy of one back, or use --overwrite" if marked else "run without --resume"
+        raise ConfigError(f"--resume: there is no whole checkpoint in {root}{damaged}; {remedy} to start afresh")
     _, state = checkpoint.load_checkpoint(folder / "pipeline")
     then = state["identity"]
     changed = [key for key, value in _identity(config).items() if then.get(key) != value]
@@ -158,6 +161,7 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
             f"--resume: {folder} is at step {state['step']} and ppo.steps = {config.ppo.steps}; "
             "raise ppo.steps to go on"
         )
+    checkpoint.set_aside_after(folder)
     return _Start(folder=folder, state=state)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.checkpoint import check_complete, latest_checkpoint, replaced_folder
+from rlhf_ray.checkpoint import latest_checkpoint, marked_checkpoints, replaced_folder, set_aside_after
 from rlhf_ray.config import RunConfig, TrainerConfig
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.metrics import MetricsWriter, status_kept
@@ -66,23 +66,23 @@ def check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool)
     Raises:
         InputError: which it is not.
     """
-    newest = latest_checkpoint(checkpoints)
     if not resume:
-        if newest is not None:
+        if marked_checkpoints(checkpoints):
             raise ConfigError(
                 f"{checkpoints} holds checkpoints of an earlier training; resume it, choose another name, or remove "
                 "that folder"
             )
         return 0
+    newest = latest_checkpoint(checkpoints)
     if newest is None:
         raise ConfigError(
             f"--resume: there is no whole checkpoint in {checkpoints}; run without --resume to start afresh"
         )
-    check_complete(newest)
     then = json.loads((newest / IDENTITY_FILE).read_text(encoding="utf-8"))
     if changed := [key for key, value in identity.items() if then.get(key) != value]:
         was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
         raise ConfigError(f"--resume: {newest} was written with {was}; give the same, or start afresh with --overwrite")
+    set_aside_after(newest)
     return int(newest.name.rpartition("-")[2])
 
 

@@ -1,0 +1,58 @@
+"""Where a PPO run begins, as far as it shows without a cluster: at nothing, or at the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.checkpoint import MARKER, mark_complete, save_checkpoint
+from rlhf_ray.config import RunConfig
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.stages.ppo import _find_start, _identity
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    sections: dict[str, Any] = {"output_dir": str(tmp_path), "model": {"path": "m"}, "prompts": {"path": "a.jsonl"}}
+    sections["prompts"]["eval_path"] = "b.jsonl"
+    return RunConfig.model_validate(sections)
+
+
+def save_step(config: RunConfig, step: int) -> Path:
+    folder = config.run_dir / "checkpoints" / f"step-{step:06d}"
+    save_checkpoint(folder / "pipeline", tensors={}, state={"step": step, "identity": _identity(config)})
+    mark_complete(folder)
+    return folder
+
+
+def test_a_resumed_run_goes_on_from_the_newest_whole_checkpoint_and_says_why_not_from_a_newer_one(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save_step(config, 10), save_step(config, 20)
+    assert _find_start(config, resume=True).folder == newer
+    (newer / "pipeline" / MARKER).write_text('{"state.json": "')
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        start = _find_start(config, resume=True)
+    assert start.folder == older
+    assert start.state is not None
+    assert start.state["step"] == 10
+    assert f"{newer} is passed over: {newer / 'pipeline' / MARKER} is missing or damaged" in caplog.text
+    assert sorted(folder.name for folder in older.parent.iterdir()) == ["step-000010", "step-000020.damaged"]
+
+
+def test_where_every_checkpoint_is_damaged_resuming_is_refused_and_so_is_starting_over_them(config: RunConfig) -> None:
+    for step in (10, 20):
+        (save_step(config, step) / "pipeline" / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"no whole checkpoint in .*, and the 2 that are marked complete are damaged"):
+        _find_start(config, resume=True)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        _find_start(config, resume=False)
+
+
+def test_resuming_what_never_wrote_a_checkpoint_is_refused(config: RunConfig) -> None:
+    assert _find_start(config, resume=False).folder is None
+    with pytest.raises(ConfigError, match=r"there is no whole checkpoint in .*; run without --resume to start afresh"):
+        _find_start(config, resume=True)
