@@ -242,7 +242,12 @@ class PPOConfig(Section):
         description="Largest sampler-learner log-probability gap, nats; default 1e-3 in float32, 0.2 in bfloat16.",
     )
     max_prompt_tries: int = Field(3, ge=1, description="Workers that may die on one prompt before the run ends.")
-    checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end and on Ctrl-C.")
+    checkpoint_every: int = Field(
+        10,
+        ge=0,
+        description="Steps between checkpoints, what a kill may cost at most; they are written while training goes on, "
+        "from a copy as large as weights and optimiser. 0: only at the end and on Ctrl-C.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
     samples_per_step: int = Field(2, ge=0, description="Responses written to samples.jsonl each step.")
 

@@ -6,9 +6,9 @@ the run with its cause.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_ray.types import (
     ExperienceRefs,
@@ -16,6 +16,7 @@ from rlhf_ray.types import (
     Ref,
     RolloutReceipt,
     Score,
+    ScoredPrompt,
     StepReport,
     VersionedWeights,
     WeightAck,
@@ -76,7 +77,16 @@ class Learner(Protocol):
         ...
 
     async def save(self, folder: Path) -> None:
-        """Everything needed to go on from here: weights, optimiser, version, RNG."""
+        """Copy everything needed to go on from here: weights, optimiser, version, RNG. It is written in the background:
+        steps may be taken before it is on disk.
+        """
+        ...
+
+    async def written(self, *, wait: bool) -> bool:
+        """Whether all that ``save`` copied last is on disk; with ``wait``, once it is.
+
+        Raises ``CheckpointError`` when it could not be written.
+        """
         ...
 
     async def load(self, folder: Path) -> int:
@@ -85,4 +95,24 @@ class Learner(Protocol):
 
     async def export(self, folder: Path) -> None:
         """The policy as a Hugging Face folder."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """What a run can be resumed from. One checkpoint is written at a time, while training goes on."""
+
+    async def begin(self, step: int, state: Mapping[str, Any], scored: Sequence[ScoredPrompt]) -> None:
+        """Take what the checkpoint of ``step`` holds; the learner may step on when this returns.
+
+        Args:
+            state: of the pipeline, JSON-ready.
+            scored: what waits for the learner.
+        """
+        ...
+
+    async def end(self, *, wait: bool) -> bool:
+        """Mark what was begun as complete if all of it is on disk, with ``wait`` once it is; False while it is not.
+
+        Raises ``CheckpointError`` when it could not be written; the checkpoints before it are as they were.
+        """
         ...

@@ -29,14 +29,22 @@ import json
 import math
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from rlhf_ray.errors import NodeLostError, NumericalError, ScorerError, StalenessError, WorkerDiedError
+from rlhf_ray.errors import (
+    CheckpointError,
+    NodeLostError,
+    NumericalError,
+    ScorerError,
+    StalenessError,
+    WorkerDiedError,
+)
 from rlhf_ray.types import (
     ExperienceRefs,
     Probe,
@@ -45,6 +53,7 @@ from rlhf_ray.types import (
     Rollout,
     RolloutReceipt,
     Score,
+    ScoredPrompt,
     StepReport,
     VersionedWeights,
     WeightAck,
@@ -334,6 +343,10 @@ class FakeLearner:
         """See ``interfaces.Learner``."""
         _write_json(folder / "learner.json", {"version": self.version})
 
+    async def written(self, *, wait: bool) -> bool:
+        """See ``interfaces.Learner``; always."""
+        return True
+
     async def load(self, folder: Path) -> int:
         """See ``interfaces.Learner``."""
         self.version = json.loads((folder / "learner.json").read_text())["version"]
@@ -342,6 +355,56 @@ class FakeLearner:
     async def export(self, folder: Path) -> None:
         """See ``interfaces.Learner``; writes only a ``config.json`` that names the version."""
         _write_json(folder / "config.json", {"model_type": "fake", "version": self.version})
+
+
+class FakeCheckpoints:
+    """Keeps in memory what a run could be resumed from.
+
+    Args:
+        learner: whose version is copied.
+        seconds: from the copy until a checkpoint is written.
+        fail_at: the checkpoint, counted from 1, that cannot be written.
+    """
+
+    def __init__(self, learner: FakeLearner, *, seconds: float = 0.0, fail_at: int | None = None) -> None:
+        self.marked: list[FakeCheckpoint] = []
+        """Those that are complete, in order."""
+        self._learner = learner
+        self._seconds = seconds
+        self._fail_at = fail_at
+        self._begun = 0
+        self._under_way: tuple[FakeCheckpoint, asyncio.Task[None]] | None = None
+
+    async def begin(self, step: int, state: Mapping[str, Any], scored: Sequence[ScoredPrompt]) -> None:
+        """See ``interfaces.Checkpoints``."""
+        assert self._under_way is None, "the checkpoint before has not ended"
+        self._begun += 1
+        taken = FakeCheckpoint(step, self._learner.version, json.loads(json.dumps(state)), tuple(scored))
+        self._under_way = taken, asyncio.create_task(asyncio.sleep(self._seconds))
+
+    async def end(self, *, wait: bool) -> bool:
+        """See ``interfaces.Checkpoints``."""
+        if self._under_way is None:
+            return True
+        taken, writing = self._under_way
+        if not wait and not writing.done():
+            return False
+        await writing
+        self._under_way = None
+        if self._begun == self._fail_at:
+            raise CheckpointError(f"step {taken.step} could not be written (fault injection)")
+        self.marked.append(taken)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class FakeCheckpoint:
+    """What ``FakeCheckpoints`` was given, and the version of its learner at that time."""
+
+    step: int
+    version: int
+    state: dict[str, Any]
+    scored: tuple[ScoredPrompt, ...]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

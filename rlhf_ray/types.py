@@ -107,6 +107,16 @@ class ExperienceRefs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredPrompt:
+    """A prompt whose responses are all scored and wait for the learner."""
+
+    prompt_id: int
+    admitted: int
+    """Version of the generator when it was given the prompt."""
+    experiences: tuple[ExperienceRefs, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
     """A scored rollout with the reference's log-probabilities: what the learner trains on."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class LearnerWorker:
         self._dtype = getattr(torch, generator_dtype)
         self._rank = rank
         self._size = size
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def open_store(self) -> tuple[str, int]:
         """Where the other ranks find this one: address and port."""
@@ -69,7 +71,14 @@ class LearnerWorker:
         return (self._learner.version, self._learner.probe()), pack_weights(self._learner.weights(self._dtype))
 
     def save(self, folder: str) -> None:
-        self._learner.save(Path(folder))
+        """Copies; a thread writes while the next steps are taken."""
+        self._writing = self._writer.submit(self._learner.copy().write, Path(folder))
+
+    def written(self, wait: bool) -> bool:
+        if not wait and not self._writing.done():
+            return False
+        self._writing.result()
+        return True
 
     def load(self, folder: str) -> int:
         return self._learner.load(Path(folder))
@@ -137,6 +146,9 @@ class RayLearner:
 
     async def save(self, folder: Path) -> None:
         await self._all(actor.save.remote(str(folder)) for actor in self._actors)
+
+    async def written(self, *, wait: bool) -> bool:
+        return all(await self._all(actor.written.remote(wait) for actor in self._actors))
 
     async def load(self, folder: Path) -> int:
         version, *_ = await self._all(actor.load.remote(str(folder)) for actor in self._actors)

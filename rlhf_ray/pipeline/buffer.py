@@ -32,6 +32,10 @@ are admitted in time: with no batch in training, every slot is held by a prompt 
 
 No allowed choice is missed: earliest deadlines first leaves the fewest behind for every k at once.
 
+A restored snapshot keeps I(j). It is some of what was admitted, at the version at which it waited, and A over a part is
+no higher; each prompt holds a slot again. Should S be smaller than it was, those that no longer fit, by I(j) in the
+order of their deadlines, are left out; they are issued again.
+
 With S = 0 there are B slots, so the batch is exactly the prompts admitted at version j: synchronous training.
 """
 
@@ -41,7 +45,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rlhf_ray.errors import RlhfRayError, StalenessError
-from rlhf_ray.types import ExperienceRefs
+from rlhf_ray.types import ExperienceRefs, ScoredPrompt
 
 
 class ExperienceBuffer:
@@ -154,6 +158,40 @@ class ExperienceBuffer:
     def finished_ids(self) -> list[int]:
         """Prompts whose experiences wait here for the learner."""
         return list(self._finished)
+
+    def finished(self) -> list[ScoredPrompt]:
+        """What waits here for the learner: the snapshot that ``restore`` takes."""
+        return [
+            ScoredPrompt(
+                prompt_id=prompt_id,
+                admitted=self._deadlines[prompt_id] - self.max_staleness,
+                experiences=tuple(experiences),
+            )
+            for prompt_id, experiences in self._finished.items()
+        ]
+
+    def restore(self, scored: Sequence[ScoredPrompt]) -> list[int]:
+        """Put a snapshot back into an empty buffer whose ``version`` is that of the snapshot; deadlines count from the
+        admissions, as before.
+
+        Returns:
+            Prompts that cannot all be trained in time any more, and are left out: none, unless ``max_staleness`` is
+            lower than it was.
+        """
+        left_out = []
+        for prompt in sorted(scored, key=lambda p: (p.admitted, p.prompt_id)):
+            if prompt.admitted > self.version:
+                raise RlhfRayError(
+                    f"prompt {prompt.prompt_id} was admitted at version {prompt.admitted} and cannot be restored at "
+                    f"version {self.version}"
+                )
+            if prompt.admitted + self.max_staleness < self.version + self.slots_in_use // self.batch_size:
+                left_out.append(prompt.prompt_id)
+                continue
+            self.slots_in_use += 1
+            self._deadlines[prompt.prompt_id] = prompt.admitted + self.max_staleness
+            self.put(prompt.prompt_id, prompt.experiences)
+        return left_out
 
     def _allowed(self, chosen: list[int]) -> bool:
         taken = set(chosen)

@@ -1,7 +1,8 @@
 """The prompt ledger: issued → scored → trained, by prompt id.
 
-It is what makes a crash or a resume exact. A prompt that is not trained is issued again, with its id and so with its
-sampling seed; a prompt that is trained is never trained again. Pure state: no clock, no tasks, no files.
+It is what makes a crash or a resume exact. A prompt that is not scored is issued again, with its id and so with its
+sampling seed; one that is scored waits to be trained; one that is trained is never trained again. Pure state: no clock,
+no tasks, no files.
 """
 
 from __future__ import annotations
@@ -79,9 +80,18 @@ class Ledger:
         """Whether a batch with this prompt has been claimed."""
         return prompt_id < self._floor or prompt_id in self._above
 
+    def unscored(self, prompt_id: int) -> None:
+        """A resumed run cannot use the responses: the prompt has to be sampled again."""
+        self._require(prompt_id, "scored", "sampled again")
+        self._open[prompt_id] = "issued"
+
     def unfinished(self) -> list[int]:
-        """Ids issued and not trained, in order: what a resumed run issues again first."""
-        return sorted(self._open)
+        """Ids issued and not scored, in order: what a resumed run issues again first."""
+        return sorted(i for i, stage in self._open.items() if stage == "issued")
+
+    def past_sampling(self) -> int:
+        """Number of prompts that are scored or trained."""
+        return self._floor + len(self._above) + sum(stage == "scored" for stage in self._open.values())
 
     def close(self, in_flight: Collection[int]) -> list[int]:
         """The run ends with these prompts still under way; returns the lost ids and sets ``lost`` to their number."""
@@ -91,23 +101,28 @@ class Ledger:
         return missing
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready and compact: ``{"next_id": 96, "trained": [[0, 63], [70, 71]]}``, ranges inclusive."""
+        """JSON-ready and compact: ``{"next_id": 96, "trained": [[0, 63], [70, 71]], "scored": [64, 69]}``; the ranges
+        of what is trained are inclusive, and what is neither trained nor scored is issued.
+        """
         ranges = [[0, self._floor - 1]] if self._floor else []
         for prompt_id in sorted(self._above):
             if ranges and ranges[-1][1] == prompt_id - 1:
                 ranges[-1][1] = prompt_id
             else:
                 ranges.append([prompt_id, prompt_id])
-        return {"next_id": self.next_id, "trained": ranges}
+        scored = sorted(i for i, stage in self._open.items() if stage == "scored")
+        return {"next_id": self.next_id, "trained": ranges, "scored": scored}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Scores died with the process: all that is not trained counts as issued."""
+        """Go on from a checkpoint, which holds what was scored."""
         self.next_id, self._floor, self._above = state["next_id"], 0, set()
         for first, last in state["trained"]:
             if not 0 <= first <= last < self.next_id:
                 raise RlhfRayError(f"the checkpoint's ledger trains prompts {first} to {last} of {self.next_id} issued")
             self._mark_trained(range(first, last + 1))
         self._open = {i: "issued" for i in range(self._floor, self.next_id) if i not in self._above}
+        for prompt_id in state["scored"]:
+            self.scored(prompt_id)
 
     def _mark_trained(self, prompt_ids: Sequence[int]) -> None:
         self._above.update(prompt_ids)

@@ -27,8 +27,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.interfaces import Learner, Scorer
+from rlhf_ray.errors import CheckpointError, RlhfRayError
+from rlhf_ray.interfaces import Checkpoints, Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
 from rlhf_ray.pipeline.ledger import Ledger
 from rlhf_ray.pipeline.occupancy import Occupancy
@@ -36,7 +36,7 @@ from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary, Tally
 from rlhf_ray.pipeline.weight_sync import WeightSync
 from rlhf_ray.pipeline.workers import WorkerState
-from rlhf_ray.types import ExperienceRefs, Prompt, Ref
+from rlhf_ray.types import ExperienceRefs, Prompt, Ref, ScoredPrompt
 
 __all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error"]
 
@@ -74,8 +74,9 @@ class Pipeline:
         references: None where the learner is the reference too.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
         on_step: is given each step's metrics and the learner's sample rows.
-        checkpoint: awaited with (steps done, ``state_dict()``) every ``checkpoint_every`` steps and at the end; it
-            saves the learner beside that state. Sampling goes on meanwhile.
+        checkpoints: is given this state and what is scored every ``checkpoint_every`` steps and at the end, and saves
+            the learner beside them. Sampling and learning go on while it writes. What cannot be written is reported
+            and tried again with the next checkpoint; the last one must be written.
 
     To resume, load the learner, then ``load_state_dict``, then ``run``.
     """
@@ -92,7 +93,7 @@ class Pipeline:
         config: PPOConfig,
         parity_tolerance: float,
         on_step: Callable[[dict[str, float], Sequence[Mapping[str, Any]]], None],
-        checkpoint: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self._prompts = prompts
         self._pool = pool
@@ -103,13 +104,14 @@ class Pipeline:
         self._config = config
         self._sync = WeightSync(pool, learner, tolerance=parity_tolerance)
         self._on_step = on_step
-        self._checkpoint = checkpoint
+        self._checkpoints = checkpoints
         self._ledger = Ledger()
         self._tally = Tally()
         self._occupancy = Occupancy(_now)
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
+        self._restored: Sequence[ScoredPrompt] = ()
         self._stopping = False
         self._stages: dict[
             int, str
@@ -126,6 +128,9 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._buffer.version = await self._sync.publish()
+                for prompt_id in self._buffer.restore(self._restored):
+                    self._ledger.unscored(prompt_id)
+                self._restored = ()
                 self._pool.start(tasks)
                 if self._references is not None:
                     self._references.start(tasks)
@@ -191,9 +196,11 @@ class Pipeline:
     async def _learn(self) -> None:
         while self._step < self._config.steps and (batch := await self._next_batch()):
             await self._train(batch)
+            await self._end_save(wait=False)
             if self._config.checkpoint_every and self._step % self._config.checkpoint_every == 0:
-                await self._save()
-        await self._save()
+                await self._begin_save()
+        await self._begin_save()
+        await self._end_save(wait=True, last=True)
 
     async def _train(self, batch: list[ExperienceRefs]) -> None:
         self._ledger.trained(list(dict.fromkeys(e.receipt.prompt_id for e in batch)))
@@ -239,16 +246,35 @@ class Pipeline:
                 self._tally.learner_stage("wait", _now() - began)
                 return batch
 
-    async def _save(self) -> None:
-        if self._checkpoint is None or self._saved_step == self._step:
+    async def _begin_save(self) -> None:
+        if self._checkpoints is None or self._saved_step == self._step:
             return
+        await self._end_save(wait=True)
         began = _now()
-        await self._checkpoint(self._step, self.state_dict())
+        await self._checkpoints.begin(self._step, self.state_dict(), self._buffer.finished())
         self._saved_step = self._step
         self._tally.learner_stage("checkpoint", _now() - began)
 
+    async def _end_save(self, *, wait: bool, last: bool = False) -> None:
+        """Mark the checkpoint under way if it is written.
+
+        Raises:
+            CheckpointError: the last one could not be written. The failure of another one is only reported: a run of
+                days should outlive an hour in which the disk was full.
+        """
+        if self._checkpoints is None:
+            return
+        began = _now()
+        try:
+            await self._checkpoints.end(wait=wait)
+        except CheckpointError as error:
+            if last:
+                raise
+            log.error("the checkpoint of step %d is missing, and training goes on: %s", self._saved_step, error)
+        self._tally.learner_stage("checkpoint", _now() - began)
+
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state to resume from, beside what the learner saves."""
+        """JSON-ready state to resume from, beside what the learner saves and what is scored."""
         return {
             "step": self._step,
             "ledger": self._ledger.state_dict(),
@@ -256,8 +282,11 @@ class Pipeline:
             "tally": self._tally.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``: what was in flight is issued again first, under its old ids and seeds."""
+    def load_state_dict(self, state: Mapping[str, Any], scored: Sequence[ScoredPrompt]) -> None:
+        """Go on from a checkpoint: what was scored waits for the learner again, and what was in flight is issued again
+        first, under its old ids and seeds.
+        """
+        self._restored = scored
         self._step = self._saved_step = state["step"]
         self._ledger.load_state_dict(state["ledger"])
         self._controller.load_state_dict(state["controller"])
@@ -288,7 +317,7 @@ class Pipeline:
 
     def _due(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """Ids that the remaining steps need, each with the ledger's word for it: interrupted ones first."""
-        needed = (self._config.steps - self._step) * self._config.prompts_per_step
+        needed = max(0, self._config.steps * self._config.prompts_per_step - self._ledger.past_sampling())
         again = self._ledger.unfinished()[:needed]
         yield from ((prompt_id, self._ledger.reissue) for prompt_id in again)
         first = self._ledger.next_id

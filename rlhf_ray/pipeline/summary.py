@@ -179,6 +179,7 @@ class Tally:
             "tokens": self.tokens,
             "score_first": self.score_first,
             "skipped": self._skipped,
+            "rollouts": {str(prompt_id): dict(stages) for prompt_id, stages in self._rollouts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +188,8 @@ class Tally:
         self.tokens = self._resumed_tokens = state["tokens"]
         self.score_first = state["score_first"]
         self._skipped = state["skipped"]
+        for prompt_id, stages in state["rollouts"].items():
+            self._rollouts[int(prompt_id)] = dict(stages)
 
 
 def _part_means(scores: Sequence[Score]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from rlhf_ray.models.loading import (
 from rlhf_ray.models.lora import add_lora, merged_state
 from rlhf_ray.models.policy import PolicyModel
 from rlhf_ray.models.sharding import own_slice, whole
-from rlhf_ray.roles.learner_state import SavedLearner, save_learner
+from rlhf_ray.roles.learner_state import LearnerCopy, SavedLearner
 from rlhf_ray.roles.ppo_update import NonFiniteError, PPOUpdate
 from rlhf_ray.roles.ranks import Ranks
 from rlhf_ray.types import Batch, Experience, Probe, StepReport, Weights
@@ -184,12 +184,20 @@ class PPOLearner:
             )
         return Probe(token_ids=tuple(self._probe_ids.tolist()), logprobs=tuple(output.logprobs[0].tolist()))
 
-    def save(self, folder: Path) -> None:
+    def copy(self) -> LearnerCopy:
         """Everything that the next step depends on: weights, value head, optimiser, version, RNG; of this rank its
         part. The learning rate follows from the version.
         """
         state = {"version": self._version, "skipped_in_a_row": self._skipped_in_a_row}
-        save_learner(folder, self._lasting(), state, self._ranks)
+        return LearnerCopy(self._lasting(), state, self._ranks)
+
+    def save(self, folder: Path) -> None:
+        """Write that.
+
+        Raises:
+            CheckpointError: the disk is full, or fails.
+        """
+        self.copy().write(folder)
 
     def load(self, folder: Path) -> int:
         """Restore what ``save`` wrote, on whatever number of ranks; returns the version. The next step is then what it

@@ -24,16 +24,25 @@ from rlhf_ray.models.sharding import own_slice
 from rlhf_ray.roles.ranks import Ranks
 
 
-def save_learner(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write this rank's part of a learner."""
-    own = {name: t for name, t in tensors.items() if ranks.first or isinstance(t, DTensor)}
-    # Copied: a slice is a view of a larger buffer, which safetensors would take for shared memory.
-    copies = {name: own_slice(t).detach().to("cpu", copy=True).contiguous() for name, t in own.items()}
-    save_checkpoint(_part(folder, ranks.rank), tensors=copies, state={**state, "ranks": ranks.size})
+class LearnerCopy:
+    """This rank's part of a learner as it was at one step; the learner may step on before it is written."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], ranks: Ranks) -> None:
+        own = {name: t for name, t in tensors.items() if ranks.first or isinstance(t, DTensor)}
+        self._tensors = {name: own_slice(t).detach().to("cpu", copy=True).contiguous() for name, t in own.items()}
+        self._state = {**state, "ranks": ranks.size}
+        self._rank = ranks.rank
+
+    def write(self, folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: the disk is full, or fails.
+        """
+        save_checkpoint(_part(folder, self._rank), tensors=self._tensors, state=self._state)
 
 
 class SavedLearner:
-    """What ``save_learner`` wrote on all ranks, to be read on any number of them."""
+    """What ``LearnerCopy`` wrote on all ranks, to be read on any number of them."""
 
     def __init__(self, folder: Path) -> None:
         """

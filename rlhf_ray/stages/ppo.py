@@ -18,6 +18,7 @@ from rlhf_ray import checkpoint
 from rlhf_ray.actors.generator import RayGenerator, engine_options
 from rlhf_ray.actors.learner import RayLearner
 from rlhf_ray.actors.reference import CONCURRENT_CALLS, ReferenceActor, reference_options
+from rlhf_ray.actors.scored_prompts import load_scored_refs
 from rlhf_ray.actors.scorer import RayScorers
 from rlhf_ray.actors.starting import ActorStarter
 from rlhf_ray.algorithms.kl import kl_controller
@@ -26,10 +27,11 @@ from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, ModelError
 from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
-from rlhf_ray.models.reward import check_reward_folder
+from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary
+from rlhf_ray.stages.ppo_checkpoints import RunCheckpoints
 from rlhf_ray.stages.prepare import (
     Prepared,
     check_reward_model_reads,
@@ -75,12 +77,15 @@ def run_ppo(
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     prompts = PromptStream(encoded, seed=config.seed, completions=config.ppo.completions)
     critic = critic_folder(prepared)
-    start = _find_start(config, resume)
+    identity = _identity(config, reward_folder)
+    start = _find_start(config, resume, identity)
     with connected():
         check_resources(worker_needs(config))
         save_resolved(config, config.run_dir / RESOLVED_FILE)
         with status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
-            summary = asyncio.run(_run(prepared, critic, prompts, handle, start, on_step or (lambda metrics: None)))
+            summary = asyncio.run(
+                _run(prepared, critic, prompts, handle, start, identity, on_step or (lambda metrics: None))
+            )
             write_summary(config.run_dir, asdict(summary))
     return summary
 
@@ -136,7 +141,7 @@ class Workers:
     """The Serve application that scores."""
 
 
-def _find_start(config: RunConfig, resume: bool) -> _Start:
+def _find_start(config: RunConfig, resume: bool, identity: Mapping[str, Any]) -> _Start:
     root = config.run_dir / "checkpoints"
     marked = checkpoint.marked_checkpoints(root)
     if not resume:
@@ -152,7 +157,7 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
         raise ConfigError(f"--resume: there is no whole checkpoint in {root}{damaged}; {remedy} to start afresh")
     _, state = checkpoint.load_checkpoint(folder / "pipeline")
     then = state["identity"]
-    changed = [key for key, value in _identity(config).items() if then.get(key) != value]
+    changed = [key for key, value in identity.items() if then.get(key) != value]
     if changed:
         was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
         raise ConfigError(f"--resume: {folder} was written with {was}; give the same, or start a run of another name")
@@ -166,15 +171,26 @@ def _find_start(config: RunConfig, resume: bool) -> _Start:
 
 
 async def _run(
-    prepared: Prepared, critic: str | None, prompts: PromptStream, handle: Any, start: _Start, on_step: OnStep
+    prepared: Prepared,
+    critic: str | None,
+    prompts: PromptStream,
+    handle: Any,
+    start: _Start,
+    identity: Mapping[str, Any],
+    on_step: OnStep,
 ) -> RunSummary:
     async with AsyncExitStack() as stack:
         workers = await _start_workers(prepared, critic, handle, stack)
-        return await _train(prepared.config, workers, prompts, start, on_step)
+        return await _train(prepared.config, workers, prompts, start, identity, on_step)
 
 
 async def _train(
-    config: RunConfig, workers: Workers, prompts: PromptStream, start: _Start, on_step: OnStep
+    config: RunConfig,
+    workers: Workers,
+    prompts: PromptStream,
+    start: _Start,
+    identity: Mapping[str, Any],
+    on_step: OnStep,
 ) -> RunSummary:
     learner = workers.learner
     if start.folder is not None:
@@ -197,10 +213,13 @@ async def _train(
             config=config.ppo,
             parity_tolerance=parity_tolerance(config),
             on_step=record,
-            checkpoint=_checkpointer(config, learner),
+            checkpoints=RunCheckpoints(
+                config.run_dir / "checkpoints", learner, identity=identity, keep=config.ppo.keep_checkpoints
+            ),
         )
-        if start.state is not None:
-            pipeline.load_state_dict(start.state)
+        if start.folder is not None and start.state is not None:
+            scored = await asyncio.to_thread(load_scored_refs, start.folder / "scored")
+            pipeline.load_state_dict(start.state, scored)
         steering = Steering(config, pipeline, workers.elastic, service=workers.service)
         with _stop_on_ctrl_c(pipeline):
             async with steering.kept():
@@ -260,36 +279,18 @@ def parity_tolerance(config: RunConfig) -> float:
     return config.ppo.parity_tolerance or PARITY_TOLERANCE[coarser]
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from: its prompts' order and seeds follow from these."""
+def _identity(config: RunConfig, reward_folder: Path | None) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: its prompts' order, their seeds and the scale of
+    their scores follow from these.
+    """
     return {
         "seed": config.seed,
         "model.path": config.model.path,
         "prompts.path": config.prompts.path,
         "ppo.batch_size": config.ppo.batch_size,
         "ppo.completions": config.ppo.completions,
+        "the reward model": model_version(reward_folder) if reward_folder is not None else None,
     }
-
-
-def _checkpointer(config: RunConfig, learner: RayLearner) -> Callable[[int, dict[str, Any]], Any]:
-    """Writes ``checkpoints/step-N``: the learner, the pipeline's state, and then the marker that makes it whole."""
-
-    async def save(step: int, state: dict[str, Any]) -> None:
-        root = config.run_dir / "checkpoints"
-        folder = root / f"step-{step:06d}"
-        await learner.save(folder / "learner")
-        if not (folder / "learner").is_dir():
-            raise ConfigError(
-                f"the learner wrote its checkpoint and it is not in {folder}: "
-                "set output_dir to a folder that all nodes share"
-            )
-        await asyncio.to_thread(checkpoint.mark_complete, folder / "learner")
-        state = state | {"identity": _identity(config)}
-        await asyncio.to_thread(checkpoint.save_checkpoint, folder / "pipeline", tensors={}, state=state)
-        await asyncio.to_thread(checkpoint.mark_complete, folder)
-        await asyncio.to_thread(checkpoint.prune, root, config.ppo.keep_checkpoints)
-
-    return save
 
 
 @contextmanager

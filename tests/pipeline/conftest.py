@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.pipeline.loop import Pipeline, RunSummary
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.testing import (
+    FakeCheckpoints,
     FakeGenerator,
     FakeLearner,
     FakePrompts,
@@ -40,7 +41,7 @@ class Run:
     learner: FakeLearner = field(default_factory=FakeLearner)
     controller: Any = field(default_factory=lambda: FixedKL(0.05))
     parity_tolerance: float = 1e-3
-    checkpoint: Callable[[int, dict[str, Any]], Awaitable[None]] | None = None
+    make_checkpoints: Callable[[FakeLearner], FakeCheckpoints] = FakeCheckpoints
     after_step: Callable[[Run, dict[str, float]], None] = lambda run, row: None
     ppo: dict[str, Any] = field(default_factory=dict)
 
@@ -64,6 +65,7 @@ class Run:
             max_restarts=self.max_restarts,
             max_prompt_tries=self.max_prompt_tries,
         )
+        self.checkpoints = self.make_checkpoints(self.learner)
         self.pipeline = Pipeline(
             prompts=self.prompts,
             pool=self.pool,
@@ -74,7 +76,7 @@ class Run:
             config=self.config,
             parity_tolerance=self.parity_tolerance,
             on_step=self._on_step,
-            checkpoint=self.checkpoint,
+            checkpoints=self.checkpoints,
         )
 
     def go(self) -> RunSummary:

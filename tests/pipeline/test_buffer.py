@@ -228,8 +228,52 @@ def test_batches_and_publications_alternate() -> None:
         buffer.try_take()
 
 
+def restored(buffer: ExperienceBuffer, *, max_staleness: int | None = None) -> tuple[ExperienceBuffer, list[int]]:
+    """A new buffer with what waits in ``buffer``, and the prompts that did not fit."""
+    stale = buffer.max_staleness if max_staleness is None else max_staleness
+    copy = ExperienceBuffer(batch_size=buffer.batch_size, max_staleness=stale, version=buffer.version)
+    return copy, copy.restore(buffer.finished())
+
+
+def test_what_waited_is_restored_with_its_deadline_and_its_slot() -> None:
+    buffer = admitted(ExperienceBuffer(batch_size=2, max_staleness=1), 0, 1, 2, 3)
+    put(buffer, 3, 1, 0)
+    buffer.try_take()
+    buffer.release(1)
+    admitted(buffer, 4)
+    put(buffer, 4)
+    again, left_out = restored(buffer)
+    assert left_out == []
+    assert again.finished() == buffer.finished()
+    assert again.slots_in_use == 2
+    assert ids(again.try_take()) == [3, 4], "prompt 2 was in flight: it is issued again, and nobody waits for it"
+
+
+def test_under_a_lower_bound_what_can_no_longer_be_trained_in_time_is_left_out() -> None:
+    buffer = admitted(ExperienceBuffer(batch_size=1, max_staleness=2), 0, 1, 2)
+    put(buffer, 0, 1, 2)
+    buffer.try_take()
+    buffer.release(1)
+    admitted(buffer, 3)
+    put(buffer, 3)
+    assert restored(buffer, max_staleness=3)[1] == []
+    again, left_out = restored(buffer, max_staleness=1)
+    assert left_out == [2], "prompts 1 and 2 are both due at version 1, which trains one of them"
+    assert ids(again.try_take()) == [1]
+    again.release(2)
+    assert ids(again.try_take()) == [3]
+    assert restored(buffer, max_staleness=0)[1] == [1, 2]
+
+
+def test_a_snapshot_of_a_later_version_is_refused() -> None:
+    buffer = admitted(ExperienceBuffer(batch_size=1, max_staleness=1, version=3), 0)
+    buffer.put(0, [experience(0, version=3)])
+    with pytest.raises(RlhfRayError, match="prompt 0 was admitted at version 3 and cannot be restored at version 2"):
+        ExperienceBuffer(batch_size=1, max_staleness=1, version=2).restore(buffer.finished())
+
+
 class AnyOrder(RuleBasedStateMachine):
-    """Finishing, dying, joining late and publishing in any order, beside a model that keeps its own books."""
+    """Finishing, dying, joining late, publishing and resuming in any order, beside a model that keeps its own books."""
 
     @initialize(batch_size=st.integers(1, 3), max_staleness=st.integers(0, 3))
     def begin(self, batch_size: int, max_staleness: int) -> None:
@@ -237,16 +281,21 @@ class AnyOrder(RuleBasedStateMachine):
         self.buffer = ExperienceBuffer(batch_size=batch_size, max_staleness=max_staleness)
         self.version = 0
         self.issued = 0
+        self.again: list[int] = []  # to be issued again after a resume
         self.seatless: list[int] = []  # hold a slot, no generator has them
         self.running: dict[int, int] = {}  # prompt id -> version of admission
         self.finished: dict[int, int] = {}
         self.training = False
+        self.resumed = False
         self.trained: list[int] = []
 
     @precondition(lambda self: self.buffer.slots_in_use < self.buffer.capacity)
     @rule()
     def issue(self) -> None:
         at_once(self.buffer.acquire())
+        if self.again:
+            self.seatless.append(self.again.pop(0))
+            return
         self.seatless.append(self.issued)
         self.issued += 1
 
@@ -286,6 +335,20 @@ class AnyOrder(RuleBasedStateMachine):
         self.buffer.release(self.version)
         self.training = False
 
+    @precondition(lambda self: not self.training)
+    @rule(change=st.sampled_from([-1, 0, 0, 0, 1]))
+    def resume(self, change: int) -> None:
+        """The process was killed after a step. What was scored comes back; all else is issued again."""
+        self.resumed = True
+        self.S = max(0, self.S + change)
+        self.buffer, left_out = restored(self.buffer, max_staleness=self.S)
+        assert change == -1 or left_out == []
+        for prompt_id in left_out:
+            del self.finished[prompt_id]
+        self.again = sorted({*self.again, *self.seatless, *self.running, *left_out})
+        self.seatless.clear()
+        self.running.clear()
+
     def take_or_wait(self) -> bool:
         batch = self.buffer.try_take()
         if batch is None:
@@ -295,7 +358,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(chosen) == self.B
         assert self.keeps_the_bound(set(chosen))
         assert max(self.version - e.receipt.oldest_version for e in batch) <= self.S
-        if self.S == 0:
+        if self.S == 0 and not self.resumed:
             assert chosen == list(range(self.version * self.B, (self.version + 1) * self.B))
         for prompt_id in chosen:
             del self.finished[prompt_id]

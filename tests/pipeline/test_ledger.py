@@ -24,7 +24,7 @@ def scored_ledger(*ids: int) -> Ledger:
 def test_a_prompt_is_issued_scored_and_trained() -> None:
     ledger = scored_ledger(0, 1, 2)
     ledger.trained([2, 0])
-    assert ledger.unfinished() == [1]
+    assert ledger.state_dict() == {"next_id": 3, "trained": [[0, 0], [2, 2]], "scored": [1]}
     assert [ledger.is_trained(i) for i in range(4)] == [True, False, True, False]
 
 
@@ -54,7 +54,7 @@ def test_an_unscored_prompt_is_not_trained_and_nothing_of_its_batch_is_claimed()
     ledger.issue(1)
     with pytest.raises(RlhfRayError, match="prompt 1 cannot be trained: it is issued"):
         ledger.trained([0, 1])
-    assert ledger.unfinished() == [0, 1]
+    assert ledger.state_dict() == {"next_id": 2, "trained": [], "scored": [0]}
     assert ledger.trained_twice == 0
 
 
@@ -64,7 +64,7 @@ def test_a_second_training_is_counted_and_the_batch_refused() -> None:
     with pytest.raises(RlhfRayError, match=r"prompts \[1\] were about to be trained a second time"):
         ledger.trained([1, 2])
     assert ledger.trained_twice == 1
-    assert ledger.unfinished() == [2]
+    assert ledger.state_dict()["scored"] == [2]
     with pytest.raises(RlhfRayError, match=r"prompts \[2\]"):
         ledger.trained([2, 2])
     assert ledger.trained_twice == 2
@@ -80,27 +80,41 @@ def test_what_is_neither_trained_nor_in_flight_is_lost() -> None:
 def test_the_state_is_compact_ranges() -> None:
     ledger = scored_ledger(*range(10))
     ledger.trained([0, 1, 2, 5, 6, 8])
-    assert ledger.state_dict() == {"next_id": 10, "trained": [[0, 2], [5, 6], [8, 8]]}
+    assert ledger.state_dict() == {"next_id": 10, "trained": [[0, 2], [5, 6], [8, 8]], "scored": [3, 4, 7, 9]}
 
 
-def test_a_resumed_ledger_issues_again_what_was_scored_or_in_flight() -> None:
+def test_a_resumed_ledger_issues_again_what_was_in_flight_and_trains_what_was_scored() -> None:
     ledger = scored_ledger(0, 1, 2)
     ledger.issue(3)
     ledger.trained([1])
     resumed = Ledger()
     resumed.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
-    assert resumed.unfinished() == [0, 2, 3]
+    assert resumed.unfinished() == [3]
     assert resumed.next_id == 4
-    for prompt_id in (0, 2, 3):
-        resumed.reissue(prompt_id)
-        resumed.scored(prompt_id)
+    with pytest.raises(RlhfRayError, match="prompt 0 cannot be issued again: it is scored"):
+        resumed.reissue(0)
     with pytest.raises(RlhfRayError, match="second time"):
         resumed.trained([0, 1])
+    resumed.trained([0, 2])
+    assert resumed.unfinished() == [3]
+
+
+def test_a_prompt_whose_responses_cannot_be_used_any_more_is_sampled_again() -> None:
+    ledger = scored_ledger(0, 1)
+    ledger.unscored(1)
+    assert ledger.unfinished() == [1]
+    ledger.reissue(1)
+    ledger.scored(1)
+    ledger.trained([0, 1])
+    with pytest.raises(RlhfRayError, match="prompt 1 cannot be sampled again: it is trained"):
+        ledger.unscored(1)
 
 
 def test_a_state_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(RlhfRayError, match="trains prompts 0 to 7 of 4 issued"):
-        Ledger().load_state_dict({"next_id": 4, "trained": [[0, 7]]})
+        Ledger().load_state_dict({"next_id": 4, "trained": [[0, 7]], "scored": []})
+    with pytest.raises(RlhfRayError, match="prompt 1 cannot be scored: it is trained"):
+        Ledger().load_state_dict({"next_id": 4, "trained": [[0, 1]], "scored": [1, 2]})
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -114,6 +128,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.ledger = Ledger()
         self.trained: set[int] = set()
         self.untrained: set[int] = set()
+        self.waiting: set[int] = set()
 
     @rule(target=issued)
     def issue(self) -> int:
@@ -126,14 +141,27 @@ class AnyHistory(RuleBasedStateMachine):
     def score(self, prompt_id: int) -> int:
         self.ledger.reissue(prompt_id)
         self.ledger.scored(prompt_id)
+        self.waiting.add(prompt_id)
+        return prompt_id
+
+    @rule(target=issued, prompt_id=consumes(scored))
+    def sample_again(self, prompt_id: int) -> int:
+        self.ledger.unscored(prompt_id)
+        self.waiting.discard(prompt_id)
         return prompt_id
 
     @rule(prompt_id=consumes(scored))
     def train(self, prompt_id: int) -> None:
-        if prompt_id in self.untrained:
-            self.ledger.trained([prompt_id])
-            self.untrained.discard(prompt_id)
-            self.trained.add(prompt_id)
+        self.ledger.trained([prompt_id])
+        self.untrained.discard(prompt_id)
+        self.waiting.discard(prompt_id)
+        self.trained.add(prompt_id)
+
+    @rule()
+    def resume(self) -> None:
+        state = json.loads(json.dumps(self.ledger.state_dict()))
+        self.ledger = Ledger()
+        self.ledger.load_state_dict(state)
 
     @rule(data=st.data())
     def train_again(self, data: st.DataObject) -> None:
@@ -145,17 +173,14 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def every_issued_prompt_is_accounted_for(self) -> None:
-        assert set(self.ledger.unfinished()) == self.untrained
+        assert set(self.ledger.unfinished()) == self.untrained - self.waiting
         assert self.ledger.close(in_flight=self.untrained) == []
         assert self.ledger.close(in_flight=[]) == sorted(self.untrained)
 
     @invariant()
-    def the_state_round_trips(self) -> None:
-        copy = Ledger()
-        copy.load_state_dict(self.ledger.state_dict())
-        assert copy.state_dict() == self.ledger.state_dict()
-        assert copy.unfinished() == sorted(self.untrained)
-        assert {i for i in range(copy.next_id) if copy.is_trained(i)} == self.trained
+    def the_state_says_where_every_prompt_stands(self) -> None:
+        assert self.ledger.state_dict()["scored"] == sorted(self.waiting)
+        assert {i for i in range(self.ledger.next_id) if self.ledger.is_trained(i)} == self.trained
 
 
 TestAnyHistory = AnyHistory.TestCase

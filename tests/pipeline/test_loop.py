@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.kl import AdaptiveKL
-from rlhf_ray.errors import NumericalError, ParityError, RlhfRayError, ScorerError, WorkerDiedError
+from rlhf_ray.errors import CheckpointError, NumericalError, ParityError, RlhfRayError, ScorerError, WorkerDiedError
 from rlhf_ray.pipeline import loop
 from rlhf_ray.pipeline.loop import RunSummary
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.testing import (
+    FakeCheckpoint,
+    FakeCheckpoints,
     FakeGenerator,
     FakeLearner,
     FakePrompts,
@@ -239,7 +240,7 @@ def test_workers_join_and_leave_in_mid_run(make_run) -> None:
     assert all(g.versions[0] > 0 and g.prompt_ids for name, g in run.generators.items() if name != "generator-0")
     fixed = make_run(ppo={"steps": 12})
     fixed.go()
-    assert ledger(run) == ledger(fixed) == {"next_id": 48, "trained": [[0, 47]]}
+    assert ledger(run) == ledger(fixed) == {"next_id": 48, "scored": [], "trained": [[0, 47]]}
 
 
 def test_without_staleness_a_pool_that_grows_and_shrinks_does_not_change_the_batches(make_run) -> None:
@@ -307,16 +308,19 @@ def test_the_status_shows_the_pools_the_queue_and_where_the_time_goes(make_run) 
 # Stopping, checkpoints, resuming
 
 
+def saved_steps(run) -> list[int]:
+    return [checkpoint.step for checkpoint in run.checkpoints.marked]
+
+
+def resume_from(run, checkpoint: FakeCheckpoint) -> None:
+    run.learner.version = checkpoint.version
+    run.pipeline.load_state_dict(checkpoint.state, checkpoint.scored)
+
+
 def test_a_stop_during_a_step_finishes_it_and_writes_a_checkpoint(make_run) -> None:
-    saved: list[int] = []
-
-    async def checkpoint(step: int, state: dict[str, Any]) -> None:
-        saved.append(step)
-
     run = make_run(
         make_generator=lambda name: FakeGenerator(name, seconds=1.0),
         learner=FakeLearner(seconds=10.0, publish_seconds=1.0),
-        checkpoint=checkpoint,
         ppo={"steps": 100},
     )
 
@@ -330,19 +334,12 @@ def test_a_stop_during_a_step_finishes_it_and_writes_a_checkpoint(make_run) -> N
     assert (summary.status, summary.steps, summary.samples) == ("interrupted", 3, 12)
     assert (summary.lost, summary.trained_twice) == (0, 0)
     assert summary.seconds == pytest.approx(34.0)  # three publications and no fourth: nobody would sample from it
-    assert saved == [3]
+    assert saved_steps(run) == [3]
     assert run.generators["generator-0"].closed
 
 
 def test_a_stop_while_the_learner_waits_does_not_wait_for_the_batch(make_run) -> None:
-    saved: list[int] = []
-
-    async def checkpoint(step: int, state: dict[str, Any]) -> None:
-        saved.append(step)
-
-    run = make_run(
-        make_generator=lambda name: FakeGenerator(name, hang_at_generate=1), checkpoint=checkpoint, ppo=SYNCHRONOUS
-    )
+    run = make_run(make_generator=lambda name: FakeGenerator(name, hang_at_generate=1), ppo=SYNCHRONOUS)
 
     async def stop() -> RunSummary:
         running = asyncio.create_task(run.pipeline.run())
@@ -353,28 +350,61 @@ def test_a_stop_while_the_learner_waits_does_not_wait_for_the_batch(make_run) ->
     summary = simulate(stop())
     assert (summary.status, summary.steps, summary.score_first, summary.lost) == ("interrupted", 0, None, 0)
     assert summary.seconds == pytest.approx(5.0)
-    assert saved == [0], "there is something to resume from"
+    assert saved_steps(run) == [0], "there is something to resume from"
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(make_run) -> None:
-    saved: list[int] = []
-
-    async def checkpoint(step: int, state: dict[str, Any]) -> None:
-        assert step == state["step"]
-        saved.append(step)
-
-    make_run(checkpoint=checkpoint, ppo={"steps": 7, "checkpoint_every": 3}).go()
-    make_run(checkpoint=checkpoint, ppo={"steps": 4, "checkpoint_every": 2}).go()
-    assert saved == [3, 6, 7, 2, 4]
+    for every, steps, expected in ((3, 7, [3, 6, 7]), (2, 4, [2, 4]), (0, 4, [4])):
+        run = make_run(ppo={"steps": steps, "checkpoint_every": every})
+        run.go()
+        assert saved_steps(run) == expected
+        assert [c.state["step"] for c in run.checkpoints.marked] == expected
+        assert [c.version for c in run.checkpoints.marked] == expected
 
 
-def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_again(make_run, tmp_path: Path) -> None:
-    states: list[dict[str, Any]] = []
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_end_waits_for_it(make_run) -> None:
+    def run_with(seconds: float, every: int) -> Any:
+        return make_run(
+            make_generator=lambda name: FakeGenerator(name, seconds=1.0),
+            learner=FakeLearner(seconds=9.0),
+            make_checkpoints=lambda learner: FakeCheckpoints(learner, seconds=seconds),
+            ppo={"steps": 4, "checkpoint_every": every} | SYNCHRONOUS,
+        )
+
+    quick, slow, slower = run_with(0.0, 2), run_with(15.0, 2), run_with(15.0, 1)
+    assert quick.go().seconds == pytest.approx(40.0)
+    summary = slow.go()
+    assert summary.seconds == pytest.approx(55.0)  # the first one fits into two steps, the last one is waited for
+    assert summary.stage_seconds["checkpoint"] == pytest.approx(15.0)
+    assert slower.go().seconds == pytest.approx(40.0 + 3 * 5.0 + 15.0)  # the next one waits for the one before
+    assert (saved_steps(slow), saved_steps(slower)) == ([2, 4], [1, 2, 3, 4])
+
+
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_next_one_tried(
+    make_run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(
+        make_checkpoints=lambda learner: FakeCheckpoints(learner, fail_at=2), ppo={"steps": 4, "checkpoint_every": 1}
+    )
+    with caplog.at_level(logging.ERROR, logger=loop.log.name):
+        assert run.go().status == "finished"
+    assert saved_steps(run) == [1, 3, 4]
+    assert caplog.messages == [
+        "the checkpoint of step 2 is missing, and training goes on: step 2 could not be written (fault injection)"
+    ]
+
+
+def test_without_its_last_checkpoint_a_run_has_not_ended_well(make_run) -> None:
+    run = make_run(
+        make_checkpoints=lambda learner: FakeCheckpoints(learner, fail_at=2), ppo={"steps": 4, "checkpoint_every": 2}
+    )
+    with pytest.raises(CheckpointError, match="step 4 could not be written"):
+        run.go()
+    assert saved_steps(run) == [2]
+
+
+def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_again(make_run) -> None:
     ppo = {"steps": 8, "kl": {"controller": "adaptive"}}
-
-    async def checkpoint(step: int, state: dict[str, Any]) -> None:
-        states.append(state)
-        await first.learner.save(tmp_path)
 
     def controller() -> AdaptiveKL:
         return AdaptiveKL(coef=0.05, target=0.001, horizon=100)
@@ -384,19 +414,21 @@ def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_
             run.pipeline.request_stop()
 
     slow = {"make_generator": lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 20))}
-    first = make_run(**slow, controller=controller(), checkpoint=checkpoint, after_step=stop_after_three, ppo=ppo)
+    first = make_run(**slow, controller=controller(), after_step=stop_after_three, ppo=ppo)
     interrupted = first.go()
+    (checkpoint,) = first.checkpoints.marked
     second = make_run(**slow, controller=controller(), ppo=ppo)
-    simulate(second.learner.load(tmp_path))
-    second.pipeline.load_state_dict(states[0])
+    resume_from(second, checkpoint)
     finished = second.go()
 
     assert sorted(first.trained_ids + second.trained_ids) == list(range(32))
-    again = sorted(set(first.generators["generator-0"].prompt_ids) - set(first.trained_ids))
+    scored = {prompt.prompt_id for prompt in checkpoint.scored}
+    assert scored, "something must have been scored and not trained"
+    again = sorted(set(first.generators["generator-0"].prompt_ids) - set(first.trained_ids) - scored)
     assert again, "something must have been in flight"
     issued = second.generators["generator-0"].prompt_ids
     assert issued[: len(again)] == again
-    assert sorted(issued) == sorted(set(range(32)) - set(first.trained_ids))
+    assert sorted(issued) == sorted(set(range(32)) - set(first.trained_ids) - scored)
     assert [row["step"] for row in second.rows] == [4, 5, 6, 7, 8]
     assert second.rows[0]["kl_coef"] > first.rows[0]["kl_coef"]
     assert (finished.steps, finished.samples, finished.lost) == (8, 32, 0)
@@ -405,20 +437,102 @@ def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_
 
 
 def test_resuming_a_finished_run_does_nothing(make_run) -> None:
-    saved: list[int] = []
-
-    async def checkpoint(step: int, state: dict[str, Any]) -> None:
-        saved.append(step)
-
     first = make_run()
     first.go()
-    second = make_run(checkpoint=checkpoint)
-    second.learner.version = 4
-    second.pipeline.load_state_dict(first.pipeline.state_dict())
+    second = make_run()
+    resume_from(second, first.checkpoints.marked[-1])
     summary = second.go()
     assert (summary.status, summary.steps, summary.samples) == ("finished", 4, 16)
     assert second.learner.batches == []
-    assert saved == []
+    assert saved_steps(second) == []
+
+
+def test_a_resumed_run_that_trains_at_once_on_a_batch_scored_before_issues_no_prompt_too_many(make_run) -> None:
+    first = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=1.0),
+        learner=FakeLearner(seconds=10.0, max_staleness=3),
+        ppo={"steps": 8, "checkpoint_every": 3, "max_staleness": 3},
+    )
+    first.go()
+    checkpoint = first.checkpoints.marked[0]
+    assert len(checkpoint.scored) >= 4, "a whole batch waits"
+    second = make_run(learner=FakeLearner(max_staleness=3), ppo={"steps": 8, "max_staleness": 3})
+    resume_from(second, checkpoint)
+    assert second.go().lost == 0
+    assert second.pipeline.state_dict()["ledger"] == {"next_id": 32, "trained": [[0, 31]], "scored": []}
+
+
+def test_under_a_lower_bound_a_resumed_run_samples_again_what_would_be_too_stale(make_run) -> None:
+    first = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=1.0),
+        learner=FakeLearner(seconds=10.0),
+        ppo={"steps": 8, "checkpoint_every": 3, "max_staleness": 3},
+    )
+    first.go()
+    checkpoint = first.checkpoints.marked[0]
+    scored = {prompt.prompt_id for prompt in checkpoint.scored}
+    trained = set(first.trained_ids[: 3 * 4])
+    second = make_run(learner=FakeLearner(max_staleness=0), ppo={"steps": 8} | SYNCHRONOUS)
+    resume_from(second, checkpoint)
+    summary = second.go()
+    assert scored <= set(second.generators["generator-0"].prompt_ids)
+    assert set(second.trained_ids) == set(range(32)) - trained
+    assert (summary.lost, summary.trained_twice, summary.staleness_max) == (0, 0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_killed_and_resumed_again_and_again_a_run_trains_every_prompt_once_within_the_bound(make_run, data) -> None:
+    """The process is gone without a word at any time; what is left is the newest checkpoint that was marked."""
+    bound = data.draw(st.integers(0, 3), label="max_staleness")
+    steps, batch = data.draw(st.integers(1, 8), label="steps"), data.draw(st.integers(1, 4), label="batch_size")
+    every = data.draw(st.integers(1, 3), label="checkpoint_every")
+    kills = data.draw(st.lists(st.floats(0, 60), max_size=4), label="seconds until each kill")
+    slowness = data.draw(st.integers(0, 99), label="seed of the durations")
+    writing = data.draw(st.floats(0, 10), label="seconds that a checkpoint takes")
+
+    def start(checkpoint: FakeCheckpoint | None) -> Any:
+        run = make_run(
+            make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(0, 10, seed=slowness)),
+            count=2,
+            max_concurrent=3,
+            scorer=FakeScorer(seconds=0.5),
+            learner=FakeLearner(seconds=2.0, max_staleness=bound),
+            make_checkpoints=lambda learner: FakeCheckpoints(learner, seconds=writing),
+            ppo={"steps": steps, "batch_size": batch, "max_staleness": bound, "checkpoint_every": every},
+        )
+        if checkpoint is not None:
+            resume_from(run, checkpoint)
+        return run
+
+    async def killed(run: Any, seconds: float) -> None:
+        running = asyncio.create_task(run.pipeline.run())
+        await asyncio.wait({running}, timeout=seconds)
+        running.cancel()
+        await asyncio.wait({running})
+
+    newest: FakeCheckpoint | None = None
+    trained: list[int] = []
+    for seconds in kills:
+        run = start(newest)
+        simulate(killed(run, seconds))
+        if run.checkpoints.marked:
+            before = newest.step if newest else 0
+            newest = run.checkpoints.marked[-1]
+            trained += run.trained_ids[: (newest.step - before) * batch]
+            held = {prompt.prompt_id for prompt in newest.scored}
+            assert held.isdisjoint(trained)
+            assert sorted(held) == newest.state["ledger"]["scored"]
+    last = start(newest)
+    summary = last.go()
+    trained += last.trained_ids
+    assert (trained if bound == 0 else sorted(trained)) == list(range(steps * batch))
+    if newest is not None:
+        held = {prompt.prompt_id for prompt in newest.scored}
+        assert held.isdisjoint({i for g in last.generators.values() for i in g.prompt_ids}), "scored once, not again"
+    assert (summary.status, summary.steps, summary.samples) == ("finished", steps, steps * batch)
+    assert (summary.lost, summary.trained_twice) == (0, 0)
+    assert summary.staleness_max <= bound
 
 
 # What is reported

@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 def save_step(config: RunConfig, step: int) -> Path:
     folder = config.run_dir / "checkpoints" / f"step-{step:06d}"
-    save_checkpoint(folder / "pipeline", tensors={}, state={"step": step, "identity": _identity(config)})
+    save_checkpoint(folder / "pipeline", tensors={}, state={"step": step, "identity": _identity(config, None)})
     mark_complete(folder)
     return folder
 
@@ -32,10 +32,10 @@ def test_a_resumed_run_goes_on_from_the_newest_whole_checkpoint_and_says_why_not
     config: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = save_step(config, 10), save_step(config, 20)
-    assert _find_start(config, resume=True).folder == newer
+    assert _find_start(config, resume=True, identity=_identity(config, None)).folder == newer
     (newer / "pipeline" / MARKER).write_text('{"state.json": "')
     with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
-        start = _find_start(config, resume=True)
+        start = _find_start(config, resume=True, identity=_identity(config, None))
     assert start.folder == older
     assert start.state is not None
     assert start.state["step"] == 10
@@ -47,12 +47,12 @@ def test_where_every_checkpoint_is_damaged_resuming_is_refused_and_so_is_startin
     for step in (10, 20):
         (save_step(config, step) / "pipeline" / "state.json").write_text("{")
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*, and the 2 that are marked complete are damaged"):
-        _find_start(config, resume=True)
+        _find_start(config, resume=True, identity=_identity(config, None))
     with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
-        _find_start(config, resume=False)
+        _find_start(config, resume=False, identity={})
 
 
 def test_resuming_what_never_wrote_a_checkpoint_is_refused(config: RunConfig) -> None:
-    assert _find_start(config, resume=False).folder is None
+    assert _find_start(config, resume=False, identity={}).folder is None
     with pytest.raises(ConfigError, match=r"there is no whole checkpoint in .*; run without --resume to start afresh"):
-        _find_start(config, resume=True)
+        _find_start(config, resume=True, identity=_identity(config, None))

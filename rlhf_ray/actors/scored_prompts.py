@@ -1,0 +1,67 @@
+"""Scored prompts to disk and back by Ray tasks: the driver holds refs, and opens no response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from rlhf_ray.errors import CheckpointError
+from rlhf_ray.roles.scored_prompts import read_responses, read_scored, save_scored, without_refs
+from rlhf_ray.types import ExperienceRefs, Ref, ScoredPrompt
+
+
+async def save_scored_refs(folder: Path, prompts: Sequence[ScoredPrompt]) -> None:
+    """Write scored prompts, whose refs are Ray's.
+
+    Raises:
+        CheckpointError: the disk is full, or fails, or the process that writes has ended.
+    """
+    experiences = [e for prompt in prompts for e in prompt.experiences]
+    opened = [e.rollout for e in experiences] + [e.ref_logprobs for e in experiences]
+    if not experiences:
+        await asyncio.to_thread(save_scored, folder, [], [], [])
+        return
+    try:
+        await _SAVE.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error
+
+
+def load_scored_refs(folder: Path) -> list[ScoredPrompt]:
+    """What ``save_scored_refs`` wrote; the refs are the caller's own."""
+    prompts = read_scored(folder)
+    number = sum(len(prompt.experiences) for prompt in prompts)
+    if not number:
+        return []
+    refs = _LOAD.options(num_returns=2 * number).remote(str(folder))
+    pairs = zip(refs[:number], refs[number:], strict=True)
+    return [replace(p, experiences=tuple(_with_refs(e, *next(pairs)) for e in p.experiences)) for p in prompts]
+
+
+def _with_refs(experience: ExperienceRefs, rollout: Ref, ref_logprobs: Ref) -> ExperienceRefs:
+    has_reference = experience.ref_logprobs is not None
+    return replace(experience, rollout=rollout, ref_logprobs=ref_logprobs if has_reference else None)
+
+
+def _save(folder: str, prompts: Sequence[ScoredPrompt], *opened: Any) -> None:
+    """``opened``: the rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
+    half = len(opened) // 2
+    save_scored(Path(folder), prompts, opened[:half], opened[half:])
+
+
+def _load(folder: str) -> tuple[Any, ...]:
+    rollouts, ref_logprobs = read_responses(Path(folder))
+    return *rollouts, *ref_logprobs
+
+
+# They mostly wait for the disk, and reserve nothing.
+_SAVE = ray.remote(num_cpus=0)(_save)
+_LOAD = ray.remote(num_cpus=0)(_load)

@@ -1,0 +1,158 @@
+"""The checkpoints of a PPO run as folders: what is in them, when they count, and what a full disk leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from rlhf_ray.actors.learner import LearnerWorker, RayLearner
+from rlhf_ray.actors.scored_prompts import load_scored_refs
+from rlhf_ray.checkpoint import latest_checkpoint, load_checkpoint, marked_checkpoints, save_checkpoint
+from rlhf_ray.errors import CheckpointError, ConfigError
+from rlhf_ray.stages.ppo_checkpoints import RunCheckpoints
+from rlhf_ray.testing import FakeGenerator, FakeLearner, FakePrompts
+from rlhf_ray.types import ExperienceRefs, Score, ScoredPrompt
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(ray_temp_dir: Path) -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+    yield
+    ray.shutdown()
+
+
+class Writer(LearnerWorker):
+    """A rank whose copy is so many numbers; it writes when it may, and no file larger than it may."""
+
+    def __init__(self, numbers: int, largest_file: int | None = None, held_back: bool = False) -> None:
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._learner: Any = self
+        self._numbers = numbers
+        self._largest_file = largest_file
+        self._may_write = threading.Event()
+        if not held_back:
+            self._may_write.set()
+
+    def copy(self) -> Writer:
+        return self
+
+    def let_write(self) -> None:
+        self._may_write.set()
+
+    def write(self, folder: Path) -> None:
+        self._may_write.wait()
+        if self._largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._largest_file, resource.RLIM_INFINITY))
+        save_checkpoint(folder / "rank-000", tensors={"weights": torch.ones(self._numbers)}, state={})
+
+
+def writer(*args: Any, **kwargs: Any) -> RayLearner:
+    return RayLearner([ray.remote(num_cpus=0)(Writer).remote(*args, **kwargs)])
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def checkpoints_of(root: Path, learner: Any, keep: int = 2) -> RunCheckpoints:
+    return RunCheckpoints(root, learner, identity={"seed": 0}, keep=keep)
+
+
+async def scored_prompts(number: int) -> tuple[list[ScoredPrompt], list[Any]]:
+    """Scored prompts whose refs are Ray's, and the rollouts behind them."""
+    generator = FakeGenerator()
+    generator.version = 3
+    prompts, rollouts = [], []
+    for prompt_id in range(number):
+        ((receipt, rollout),) = await generator.generate(FakePrompts().prompt(prompt_id))
+        experience = ExperienceRefs(
+            receipt=receipt,
+            score=Score(value=0.5, raw=1.0, reward_version="r"),
+            rollout=ray.put(rollout),
+            ref_logprobs=ray.put(np.full(len(rollout.response_ids), -0.5, np.float32)),
+        )
+        prompts.append(ScoredPrompt(prompt_id=prompt_id, admitted=3, experiences=(experience,)))
+        rollouts.append(rollout)
+    return prompts, rollouts
+
+
+async def test_what_waits_for_the_learner_comes_back_as_refs_of_the_same_values(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path, FakeLearner())
+    prompts, rollouts = await scored_prompts(3)
+    await checkpoints.begin(10, {"step": 10}, prompts)
+    assert await checkpoints.end(wait=True)
+    folder = latest_checkpoint(tmp_path)
+    assert folder == tmp_path / "step-000010"
+    assert load_checkpoint(folder / "pipeline")[1] == {"step": 10, "identity": {"seed": 0}}
+    again = load_scored_refs(folder / "scored")
+    assert [(p.prompt_id, p.admitted) for p in again] == [(p.prompt_id, p.admitted) for p in prompts]
+    for before, after, rollout in zip(prompts, again, rollouts, strict=True):
+        assert after.experiences[0].receipt == before.experiences[0].receipt
+        assert after.experiences[0].score == before.experiences[0].score
+        assert await after.experiences[0].rollout == rollout
+        assert (await after.experiences[0].ref_logprobs == await before.experiences[0].ref_logprobs).all()
+
+
+async def test_a_checkpoint_counts_only_once_the_learner_has_written_its_own(tmp_path: Path) -> None:
+    learner = writer(8, held_back=True)
+    checkpoints = checkpoints_of(tmp_path, learner)
+    assert await checkpoints.end(wait=False), "nothing is under way"
+    await checkpoints.begin(1, {"step": 1}, [])
+    assert not await checkpoints.end(wait=False)
+    ending = asyncio.create_task(checkpoints.end(wait=False))
+    assert not await ending
+    assert latest_checkpoint(tmp_path) is None
+    await learner._actors[0].let_write.remote()
+    assert await checkpoints.end(wait=True)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+async def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
+    whole = checkpoints_of(tmp_path, writer(8))
+    await whole.begin(1, {"step": 1}, [])
+    await whole.end(wait=True)
+    full = checkpoints_of(tmp_path, writer(4096, largest_file=4096))
+    for step in (2, 3):
+        await full.begin(step, {"step": step}, [])
+        with pytest.raises(CheckpointError) as caught:
+            await full.end(wait=True)
+        part = tmp_path / f"step-{step:06d}" / "learner" / "rank-000"
+        assert type(caught.value) is CheckpointError
+        assert str(caught.value).startswith(f"{part} could not be written (")
+        assert str(caught.value).endswith("free space on its disk, or set output_dir to a larger one")
+        assert names_in(tmp_path) == ["step-000001"], "nothing half-written fills the disk"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+async def test_what_a_killed_run_left_under_the_same_name_does_not_get_in(tmp_path: Path) -> None:
+    left_over = tmp_path / "step-000001" / "learner" / "rank-001"
+    left_over.mkdir(parents=True)
+    checkpoints = checkpoints_of(tmp_path, writer(8), keep=1)
+    for step in (1, 2):
+        await checkpoints.begin(step, {"step": step}, [])
+        assert await checkpoints.end(wait=True)
+        assert marked_checkpoints(tmp_path) == [tmp_path / f"step-{step:06d}"]
+    assert not left_over.exists()
+
+
+async def test_a_learner_with_another_disk_ends_the_run(tmp_path: Path) -> None:
+    class Elsewhere(FakeLearner):
+        async def save(self, folder: Path) -> None:
+            pass
+
+    checkpoints = checkpoints_of(tmp_path, Elsewhere())
+    await checkpoints.begin(1, {"step": 1}, [])
+    with pytest.raises(ConfigError, match="set output_dir to a folder that all nodes share"):
+        await checkpoints.end(wait=True)
