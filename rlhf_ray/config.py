@@ -646,6 +646,12 @@ class RunConfig(Section):
     output_dir: Path = Field(Path("runs"), validate_default=False, description="Folder of all runs.")
     seed: int = Field(0, ge=0, description="Seed of prompt order, sampling and initialisation.")
     device: Device = Field("auto", description="Where models run; auto: cuda where a worker is given a GPU, else cpu.")
+    deterministic: bool = Field(
+        False,
+        description="Sample, score and read each response alone, so that the last bit does not depend on its company: "
+        "two runs of ppo, or one that was killed and resumed, give the same numbers on the same machine. Synchronous "
+        "and on CPUs only. A generator then samples one response at a time, several times slower.",
+    )
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -753,6 +759,30 @@ def save_resolved(config: RunConfig, path: Path) -> None:
     temporary.replace(path)
 
 
+def _not_deterministic(config: RunConfig) -> Iterator[str]:
+    """What lets timing, or something out of reach, into the last bit."""
+    if config.ppo.max_staleness:
+        yield (
+            f"ppo.max_staleness = {config.ppo.max_staleness} lets timing decide which policy samples a token, and "
+            "deterministic = true; set max_staleness to 0"
+        )
+    if config.learner.ranks > 1:
+        yield (
+            f"learner.ranks = {config.learner.ranks} adds up in an order that is not ours, and deterministic = true; "
+            "set ranks to 1"
+        )
+    gpus = [s for s in ("generator", "reference", "learner", "serve") if getattr(config, s).num_gpus]
+    if gpus or config.device == "cuda":
+        key = f"{gpus[0]}.num_gpus = {getattr(config, gpus[0]).num_gpus:g}" if gpus else "device = cuda"
+        yield f"{key} brings kernels whose sums depend on timing, and deterministic = true; use CPUs"
+    for place, scorer in enumerate(config.scorers):
+        if scorer.kind == "remote":
+            yield (
+                f"scorers.{place}.kind = remote is a service that batches as it likes, and deterministic = true; "
+                "use kind: served"
+            )
+
+
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
     kl = config.ppo.kl
@@ -762,6 +792,8 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"learner.ranks = {ranks} does not divide an optimiser step's responses, of {config.ppo.batch_table}; "
             f"choose ranks from {[d for d in range(1, rows + 1) if rows % d == 0]}"
         )
+    if config.deterministic:
+        yield from _not_deterministic(config)
     gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
     all_gpus = gpus | {s: getattr(config, s).num_gpus for s in ("sft", "dpo")}
     if (kl.loss == "none") != (kl.loss_coef == 0):

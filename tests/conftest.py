@@ -44,6 +44,21 @@ TINY_CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make_tiny_model`` makes."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    make_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """What ``make_tiny_reward`` makes."""
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    make_tiny_reward(folder, tiny_model_dir)
+    return folder
+
+
+def make_tiny_model(folder: Path) -> None:
     """A random two-layer Llama with tied embeddings and a byte-level tokenizer, as a Hugging Face folder.
 
     320 tokens, hidden size 64, 2 heads of 32 (vLLM on CPU has no smaller), 512 positions; EOS = padding = ``<|end|>``.
@@ -53,7 +68,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_model")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -88,11 +102,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+def make_tiny_reward(folder: Path, model: Path) -> None:
     """A random reward model on the tiny model's backbone, with its tokenizer, settings and score normalisation."""
     import torch
 
@@ -101,17 +113,15 @@ def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Pa
     from rlhf_ray.roles.reward_trainer import new_reward_model
     from rlhf_ray.roles.scorer import RewardSettings
 
-    folder = tmp_path_factory.mktemp("models") / "reward"
-    tokenizer = load_tokenizer(tiny_model_dir, need_chat_template=False)
-    model = new_reward_model(tiny_model_dir, tokenizer)
+    tokenizer = load_tokenizer(model, need_chat_template=False)
+    reward_model = new_reward_model(model, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
+        torch.nn.init.normal_(reward_model.score.weight)
+    reward_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     RewardSettings(prompt_format="chat").save(folder)
     ScoreNormalisation(mean=0.5, std=2.0).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

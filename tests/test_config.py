@@ -208,6 +208,27 @@ def test_an_override_that_cannot_apply_is_refused(file: Path, override: str, sen
             "optimiser steps each (1 x 4 of 8); choose ranks from [1, 2, 4, 8] (run.yaml:8)",
         ),
         (
+            "deterministic: true",
+            "ppo.max_staleness = 1 lets timing decide which policy samples a token, and deterministic = true; set "
+            "max_staleness to 0 (run.yaml:6)",
+        ),
+        (
+            "deterministic: true\nppo: {max_staleness: 0}\nlearner: {ranks: 2}",
+            "learner.ranks = 2 adds up in an order that is not ours, and deterministic = true; set ranks to 1 "
+            "(run.yaml:8, run.yaml:6)",
+        ),
+        (
+            "deterministic: true\nppo: {max_staleness: 0}\nreference: {num_gpus: 1}",
+            "reference.num_gpus = 1 brings kernels whose sums depend on timing, and deterministic = true; use CPUs "
+            "(run.yaml:8, run.yaml:6)",
+        ),
+        (
+            "deterministic: true\nppo: {max_staleness: 0}\n"
+            "scorers:\n- {kind: remote, name: far, urls: ['http://far:1']}",
+            "scorers.0.kind = remote is a service that batches as it likes, and deterministic = true; use kind: served "
+            "(run.yaml:9, run.yaml:6)",
+        ),
+        (
             "reference:\n  count: 0",
             "reference.count = 0 makes the learner its own reference, which it can be under LoRA only; set "
             "learner.lora_rank, such as 16, or reference.count to 1 or more (run.yaml:7)",

@@ -210,7 +210,7 @@ def engine_options(config: RunConfig, model_folder: str, *, context_length: int)
         "max_model_len": min(
             context_length, max(config.prompts.max_tokens + config.sampling.max_new_tokens, PROBE_ROOM)
         ),
-        "max_num_seqs": config.generator.max_num_seqs,
+        "max_num_seqs": 1 if config.deterministic else config.generator.max_num_seqs,
         "kv_cache_memory_bytes": int(config.generator.kv_cache_gb * 1e9),
         "temperature": config.sampling.temperature,
         "max_new_tokens": config.sampling.max_new_tokens,

@@ -53,7 +53,7 @@ def reference_options(config: RunConfig, model_folder: str) -> dict[str, Any]:
         "device": config.device_of(section.num_gpus),
         "precision": section.precision,
         "temperature": config.sampling.temperature,
-        "max_batch_tokens": section.max_batch_tokens,
+        "max_batch_tokens": 1 if config.deterministic else section.max_batch_tokens,  # 1: each alone
         "threads": section.threads,
         "trust_remote_code": config.model.trust_remote_code,
     }

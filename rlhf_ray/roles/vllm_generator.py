@@ -86,7 +86,7 @@ class VLLMGenerator:
         Args:
             model: Hugging Face folder with weights and tokenizer.
             max_model_len: longest prompt and response together, tokens; at least the longest probe plus one.
-            max_num_seqs: most responses sampled at once; others wait their turn.
+            max_num_seqs: most responses sampled at once; others wait their turn. 1: each is alone, and the probe too.
             max_new_tokens: longest response, tokens, EOS included.
             dtype: "float32", "bfloat16" or "float16": weights and arithmetic.
             kv_cache_memory_bytes: size of the KV cache; None: what ``gpu_memory_utilization`` leaves, on a CPU too.
@@ -115,7 +115,7 @@ class VLLMGenerator:
                     model=model,
                     dtype=dtype,
                     max_model_len=max_model_len,
-                    max_num_seqs=max_num_seqs + 1,  # one seat for the parity probe
+                    max_num_seqs=max_num_seqs + (max_num_seqs > 1),  # one seat for the parity probe
                     max_logprobs=1,
                     kv_cache_memory_bytes=kv_cache_memory_bytes,
                     gpu_memory_utilization=gpu_memory_utilization,

@@ -67,7 +67,8 @@ def start_service(config: RunConfig, *, model_folder: Path) -> ServedReward:
         ScorerError: the service failed to start, with Serve's word on why.
     """
     keys = read_keys(config.serve.api_keys_file)
-    return _start(config.serve, model_folder=model_folder, device=config.device, key_digests=keys)
+    section = config.serve.model_copy(update={"max_batch_tokens": 1}) if config.deterministic else config.serve
+    return _start(section, model_folder=model_folder, device=config.device, key_digests=keys)
 
 
 def _start(section: ServeConfig, *, model_folder: Path, device: Device, key_digests: frozenset[str]) -> ServedReward:
