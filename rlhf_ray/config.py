@@ -144,6 +144,12 @@ class LearnerConfig(Section):
     ranks: int = Field(
         1, ge=1, description="Workers that share weights (FSDP2) and rows; must divide an optimiser step's responses."
     )
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="Times in a row, with no new checkpoint between, that all ranks begin again from the newest "
+        "checkpoint because one died, before the run ends with the cause.",
+    )
     num_cpus: float = Field(0.5, ge=0, description="CPU cores that Ray reserves for each rank.")
     num_gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for each rank.")
     precision: Precision = Field(

@@ -12,7 +12,8 @@
     ├── ScorerError (RuntimeError)   a score could not be had
     ├── CheckpointError (OSError)    a checkpoint could not be written
     └── WorkerDiedError (RuntimeError) a worker process is gone
-        └── NodeLostError        it went with its node
+        ├── NodeLostError        it went with its node
+        └── LearnerDiedError     a rank of the learner
 
 They cross processes, so each is built from one message and can be pickled.
 """
@@ -65,8 +66,12 @@ class CheckpointError(RlhfRayError, OSError):
 
 
 class WorkerDiedError(RlhfRayError, RuntimeError):
-    """A worker ended. A generator or a reference is replaced and its work done again; any other death ends the run."""
+    """A worker ended. A generator or a reference is replaced and its work done again."""
 
 
 class NodeLostError(WorkerDiedError):
     """A worker went with its node, which is nobody's fault: it does not count against ``max_restarts``."""
+
+
+class LearnerDiedError(WorkerDiedError):
+    """A rank of the learner ended: all ranks begin again from the newest checkpoint, ``learner.max_restarts`` times."""

@@ -17,7 +17,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from rlhf_ray.actors.weights import pack_weights
 from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import RlhfRayError, WorkerDiedError
+from rlhf_ray.errors import LearnerDiedError, RlhfRayError
 from rlhf_ray.types import Experience, ExperienceRefs, Probe, StepReport, VersionedWeights
 
 CAUSE_SECONDS = 5.0
@@ -166,7 +166,7 @@ class RayLearner:
         """What each rank's call returns.
 
         Raises:
-            WorkerDiedError: a rank died.
+            LearnerDiedError: a rank died.
             RlhfRayError: or whatever else a rank raised.
         """
         calls = [asyncio.ensure_future(_settled(ref)) for ref in refs]
@@ -176,12 +176,13 @@ class RayLearner:
             _, waiting = await asyncio.wait(waiting, timeout=CAUSE_SECONDS)
         for call in waiting:
             call.cancel()
-        errors = [error for call in calls if call.done() and (error := call.exception())]
+        errors = [(error, rank) for rank, call in enumerate(calls) if call.done() and (error := call.exception())]
         if not errors:
             return [call.result() for call in calls]
-        cause = next((e for kind in (*DEATHS, RlhfRayError) for e in errors if isinstance(e, kind)), errors[0])
+        kinds = (*DEATHS, RlhfRayError)
+        cause, rank = next((of for kind in kinds for of in errors if isinstance(of[0], kind)), errors[0])
         if isinstance(cause, DEATHS):
-            raise WorkerDiedError(f"the learner died: {cause}") from cause
+            raise LearnerDiedError(f"rank {rank} of the learner died: {cause}") from cause
         raise cause
 
 

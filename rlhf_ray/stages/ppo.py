@@ -1,6 +1,8 @@
 """The asynchronous PPO loop put together on a Ray cluster: who is started, with what, and what is left on disk.
 
-prepare ─► check resources ─► reward model served; learner, references, scorers, generators up ─► Pipeline.run ─► export
+prepare ─► check ─► reward model served ─► learner, references, scorers, generators ─► Pipeline.run ─► export
+                                                     ▲      a rank of the learner died: from the      │
+                                                     └────────────── newest checkpoint ◄──────────────┘
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
-from rlhf_ray.errors import ConfigError, ModelError
+from rlhf_ray.errors import ConfigError, LearnerDiedError, ModelError
 from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline
@@ -40,7 +42,7 @@ from rlhf_ray.stages.prepare import (
     critic_folder,
     prepare,
 )
-from rlhf_ray.stages.serve import ServedReward, served_reward
+from rlhf_ray.stages.serve import ServedReward, served_reward, sole_owner
 from rlhf_ray.stages.steering import ElasticPool, Steering
 
 log = logging.getLogger("rlhf_ray.ppo")
@@ -83,9 +85,8 @@ def run_ppo(
         check_resources(worker_needs(config))
         save_resolved(config, config.run_dir / RESOLVED_FILE)
         with status_kept(config.run_dir), reward_handle(config, reward_folder, service) as handle:
-            summary = asyncio.run(
-                _run(prepared, critic, prompts, handle, start, identity, on_step or (lambda metrics: None))
-            )
+            run = _Run(prepared, critic, prompts, handle, identity, on_step or (lambda metrics: None))
+            summary = asyncio.run(_run_to_its_end(run, start))
             write_summary(config.run_dir, asdict(summary))
     return summary
 
@@ -96,7 +97,10 @@ def reward_handle(config: RunConfig, folder: Path | None, service: ServedReward 
     if folder is None:
         yield None
         return
-    with served_reward(config, folder, service) as served:
+    if service is not None:
+        yield service.handle
+        return
+    with sole_owner(config.run_dir, config.serve.name), served_reward(config, folder) as served:
         yield served.handle
 
 
@@ -125,6 +129,25 @@ class _Start:
 
     folder: Path | None = None
     state: Mapping[str, Any] | None = None
+    again: bool = False
+    """The run's folder holds rows of steps that will be taken again."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"]) if self.state is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What stays as it is when the loop's workers are started again."""
+
+    prepared: Prepared
+    critic: str | None
+    prompts: PromptStream
+    handle: Any
+    """Of the served reward model."""
+    identity: Mapping[str, Any]
+    on_step: OnStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,61 +173,84 @@ def _find_start(config: RunConfig, resume: bool, identity: Mapping[str, Any]) ->
                 f"{root} holds checkpoints of an earlier run; resume it, choose another name, or remove that folder"
             )
         return _Start()
+    start = _newest_start(config, identity)
+    if start.folder is None:
+        log.warning("--resume: there is no checkpoint in %s yet; beginning at the first step", root)
+    if start.step >= config.ppo.steps:
+        raise ConfigError(
+            f"--resume: {start.folder} is at step {start.step} and ppo.steps = {config.ppo.steps}; "
+            "raise ppo.steps to go on"
+        )
+    return start
+
+
+def _newest_start(config: RunConfig, identity: Mapping[str, Any]) -> _Start:
+    """At the newest whole checkpoint, or at the first step if none was written yet; what came after is set aside.
+
+    Raises:
+        ConfigError: all of them are damaged, or it is another run's.
+    """
+    root = config.run_dir / "checkpoints"
+    marked = checkpoint.marked_checkpoints(root)
+    if not marked:
+        return _Start(again=True)
     folder = checkpoint.latest_checkpoint(root)
     if folder is None:
-        damaged = f", and the {len(marked)} that are marked complete are damaged" if marked else ""
-        remedy = "put a copy of one back, or use --overwrite" if marked else "run without --resume"
-        raise ConfigError(f"--resume: there is no whole checkpoint in {root}{damaged}; {remedy} to start afresh")
+        raise ConfigError(
+            f"there is no whole checkpoint in {root}, and the {len(marked)} that are marked complete are damaged; "
+            "put a copy of one back, or use --overwrite to start afresh"
+        )
     _, state = checkpoint.load_checkpoint(folder / "pipeline")
     then = state["identity"]
     changed = [key for key, value in identity.items() if then.get(key) != value]
     if changed:
         was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
         raise ConfigError(f"--resume: {folder} was written with {was}; give the same, or start a run of another name")
-    if state["step"] >= config.ppo.steps:
-        raise ConfigError(
-            f"--resume: {folder} is at step {state['step']} and ppo.steps = {config.ppo.steps}; "
-            "raise ppo.steps to go on"
-        )
     checkpoint.set_aside_after(folder)
-    return _Start(folder=folder, state=state)
+    return _Start(folder=folder, state=state, again=True)
 
 
-async def _run(
-    prepared: Prepared,
-    critic: str | None,
-    prompts: PromptStream,
-    handle: Any,
-    start: _Start,
-    identity: Mapping[str, Any],
-    on_step: OnStep,
-) -> RunSummary:
-    async with AsyncExitStack() as stack:
-        workers = await _start_workers(prepared, critic, handle, stack)
-        return await _train(prepared.config, workers, prompts, start, identity, on_step)
+async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
+    """Run the loop; when a rank of the learner dies, all workers but the service begin again, as by ``--resume``.
+
+    Raises:
+        LearnerDiedError: ``learner.max_restarts`` times in a row no new checkpoint was reached.
+    """
+    config, in_a_row = run.prepared.config, 0
+    while True:
+        try:
+            async with AsyncExitStack() as stack:
+                return await _train(run, await _start_workers(run, stack), start)
+        except LearnerDiedError as error:
+            before = start.step
+            start = await asyncio.to_thread(_newest_start, config, run.identity)
+            in_a_row = 1 if start.step > before else in_a_row + 1
+            allowed = config.learner.max_restarts
+            if in_a_row > allowed:
+                raise LearnerDiedError(
+                    f"{error}; learner.max_restarts = {allowed} restarts in a row are used up at step {start.step}: "
+                    "mend the cause and go on with --resume, or raise learner.max_restarts"
+                ) from error
+            log.warning("%s; going on from step %d (restart %d of %d)", error, start.step, in_a_row, allowed)
 
 
-async def _train(
-    config: RunConfig,
-    workers: Workers,
-    prompts: PromptStream,
-    start: _Start,
-    identity: Mapping[str, Any],
-    on_step: OnStep,
-) -> RunSummary:
-    learner = workers.learner
+async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
+    config, learner = run.prepared.config, workers.learner
     if start.folder is not None:
         version = await learner.load(start.folder / "learner")
-        log.info("resumed from %s: step %d, version %d", start.folder, (start.state or {})["step"], version)
+        log.info("resumed from %s: step %d, version %d", start.folder, start.step, version)
     kl = config.ppo.kl
-    with MetricsWriter(config.run_dir, resume_step=start.state["step"] if start.state else None) as writer:
+    with MetricsWriter(config.run_dir, resume_step=start.step if start.again else None) as writer:
 
         def record(metrics: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
             writer.write(metrics, samples)
-            on_step(metrics)
+            run.on_step(metrics)
 
+        checkpoints = RunCheckpoints(
+            config.run_dir / "checkpoints", learner, identity=run.identity, keep=config.ppo.keep_checkpoints
+        )
         pipeline = Pipeline(
-            prompts=prompts,
+            prompts=run.prompts,
             pool=workers.generators,
             references=workers.references,
             scorer=workers.scorers,
@@ -213,28 +259,30 @@ async def _train(
             config=config.ppo,
             parity_tolerance=parity_tolerance(config),
             on_step=record,
-            checkpoints=RunCheckpoints(
-                config.run_dir / "checkpoints", learner, identity=identity, keep=config.ppo.keep_checkpoints
-            ),
+            checkpoints=checkpoints,
         )
         if start.folder is not None and start.state is not None:
             scored = await asyncio.to_thread(load_scored_refs, start.folder / "scored")
             pipeline.load_state_dict(start.state, scored)
         steering = Steering(config, pipeline, workers.elastic, service=workers.service)
-        with _stop_on_ctrl_c(pipeline):
-            async with steering.kept():
-                summary = await pipeline.run()
+        try:
+            with _stop_on_ctrl_c(pipeline):
+                async with steering.kept():
+                    summary = await pipeline.run()
+        finally:
+            await checkpoints.close()
         await learner.export(config.run_dir / "policy")
     return summary
 
 
-async def _start_workers(prepared: Prepared, critic: str | None, handle: Any, stack: AsyncExitStack) -> Workers:
+async def _start_workers(run: _Run, stack: AsyncExitStack) -> Workers:
     """Start every worker at once; returns when all but those of pools are up (a pool waits for its own).
 
     Whatever was started is ended with ``stack``, also when another worker fails to start.
     """
+    prepared, handle = run.prepared, run.handle
     config, folder = prepared.config, prepared.model_folder
-    learner = RayLearner.start(config, folder, critic)
+    learner = RayLearner.start(config, folder, run.critic)
     stack.callback(learner.close)
     elastic: dict[str, ElasticPool] = {}
     references = None

@@ -69,6 +69,12 @@ class RunCheckpoints:
         self._folder = self._own_part = None
         return True
 
+    async def close(self) -> None:
+        """Stop writing what nobody will mark."""
+        if self._own_part is not None:
+            self._own_part.cancel()
+            await asyncio.gather(self._own_part, return_exceptions=True)
+
     async def _write_own_part(self, folder: Path, state: Mapping[str, Any], scored: Sequence[ScoredPrompt]) -> None:
         await save_scored_refs(folder / "scored", scored)
         state = {**state, "identity": self._identity}

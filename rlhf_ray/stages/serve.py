@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
@@ -26,6 +27,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from rlhf_ray.cluster import WAIT_NOTICE_SECONDS, Need, check_resources, connected
 from rlhf_ray.config import Device, RunConfig, ServeConfig, ServedModelConfig
 from rlhf_ray.errors import ConfigError, ScorerError
+from rlhf_ray.metrics import read_json, write_json
 from rlhf_ray.models.reward import check_reward_folder
 from rlhf_ray.serving.app import application
 from rlhf_ray.serving.args import RewardServiceArgs
@@ -38,6 +40,9 @@ START_LIMIT_SECONDS = 600.0
 
 HANG_SECONDS = 10.0
 """Longer than ``serve.request_timeout_s`` by this much, Serve gives a request up that no replica has answered."""
+
+SERVICE_FILE = Path("control") / "service.json"
+"""In a run's folder while the run serves its reward model: which application, and on which cluster."""
 
 _POLL_SECONDS = 0.25
 
@@ -96,16 +101,32 @@ def _start(section: ServeConfig, *, model_folder: Path, device: Device, key_dige
 
 
 @contextlib.contextmanager
-def served_reward(config: RunConfig, model_folder: Path, service: ServedReward | None = None) -> Iterator[ServedReward]:
-    """``service`` as it is, or one started for the block and deleted with it."""
-    if service is not None:
-        yield service
-        return
+def served_reward(config: RunConfig, model_folder: Path) -> Iterator[ServedReward]:
+    """A service started for the block and deleted with it."""
     served = start_service(config, model_folder=model_folder)
     try:
         yield served
     finally:
         stop_service(served.name)
+
+
+@contextlib.contextmanager
+def sole_owner(run_dir: Path, name: str) -> Iterator[None]:
+    """The run in this folder owns the application for the block, and leaves a note of it there.
+
+    A process that was killed leaves the note, and on a cluster that outlives it the application too: whoever goes on
+    with the run finds both, and deletes the application first.
+    """
+    note, mine = run_dir / SERVICE_FILE, {"name": name, "cluster": ray.get_runtime_context().get_session_name()}
+    if read_json(note) == mine:
+        log.warning("the reward service %s is left from this run's last process, which was killed; deleting it", name)
+        stop_service(name)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, mine)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
 
 
 def stop_service(name: str) -> None:

@@ -30,7 +30,7 @@ from rlhf_ray.actors.scorer import ServedScorer
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ConfigError, ResourceError, ScorerError
 from rlhf_ray.roles.scorer import RewardScorer
-from rlhf_ray.stages.serve import ServedReward, curl_line, served_reward, start_service, stop_service
+from rlhf_ray.stages.serve import ServedReward, curl_line, served_reward, sole_owner, start_service, stop_service
 from rlhf_ray.types import Prompt, Rollout
 
 pytestmark = [pytest.mark.ray, pytest.mark.serve, pytest.mark.slow]
@@ -204,6 +204,21 @@ async def test_a_replica_is_added_under_load_and_goes_when_it_is_over(
         assert {answer.status_code for answer in answers} == {200}
         assert {len(answer.json()["scores"]) for answer in answers} == {4}
         await wait_for_replicas("elastic", 1)
+
+
+def test_a_run_takes_over_the_service_that_its_killed_process_has_left(
+    cluster: None, served: ServedReward, tiny_reward_dir: Path, tmp_path: Path
+) -> None:
+    killed = sole_owner(tmp_path, "left")
+    killed.__enter__()
+    left = start_service(a_config(name="left"), model_folder=tiny_reward_dir)
+    with sole_owner(tmp_path / "another run", "left"), pytest.raises(ConfigError, match=r"serve.name = left is an app"):
+        start_service(a_config(name="left"), model_folder=tiny_reward_dir)
+    assert httpx.get(f"{left.url}/readyz").status_code == 200
+    with sole_owner(tmp_path, "left"), served_reward(a_config(name="left"), tiny_reward_dir) as mine:
+        assert httpx.get(f"{mine.url}/readyz").status_code == 200
+    assert "left" not in serve.status().applications
+    assert list((tmp_path / "control").iterdir()) == []
 
 
 def test_a_name_or_a_port_that_is_taken_is_refused(served: ServedReward, tiny_reward_dir: Path) -> None:

@@ -52,7 +52,11 @@ def test_where_every_checkpoint_is_damaged_resuming_is_refused_and_so_is_startin
         _find_start(config, resume=False, identity={})
 
 
-def test_resuming_what_never_wrote_a_checkpoint_is_refused(config: RunConfig) -> None:
-    assert _find_start(config, resume=False, identity={}).folder is None
-    with pytest.raises(ConfigError, match=r"there is no whole checkpoint in .*; run without --resume to start afresh"):
-        _find_start(config, resume=True, identity=_identity(config, None))
+def test_resuming_what_never_wrote_a_checkpoint_begins_at_the_first_step_and_says_so(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not _find_start(config, resume=False, identity={}).again
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        start = _find_start(config, resume=True, identity=_identity(config, None))
+    assert (start.folder, start.step, start.again) == (None, 0, True)
+    assert "there is no checkpoint in" in caplog.text

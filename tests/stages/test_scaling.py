@@ -19,8 +19,11 @@ from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
 import rlhf_ray
+from rlhf_ray.checkpoint import latest_checkpoint, load_state
 from rlhf_ray.cli import app
 from rlhf_ray.config import RunConfig
+from rlhf_ray.errors import LearnerDiedError
+from rlhf_ray.metrics import read_lines, read_summary
 from rlhf_ray.pipeline.summary import RunSummary
 from rlhf_ray.stages.ppo import run_ppo
 
@@ -195,3 +198,45 @@ def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
 
     summary = operated(make_config(generator={"max": 2, "max_restarts": 0}), work)
     assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
+
+
+def kill_a_rank() -> None:
+    """SIGKILL to one of the learner's processes."""
+    ranks = [p for p in psutil.Process().children(recursive=True) if "LearnerWorker" in p.name()]
+    ranks[-1].send_signal(signal.SIGKILL)
+
+
+def test_when_a_rank_of_the_learner_dies_the_run_goes_on_from_its_newest_checkpoint(
+    cluster: None, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(operator: Operator) -> None:
+        kill_a_rank()  # before or soon after the first checkpoint
+        reached = operator.wait_for(lambda now: "going on from step" in caplog.text and now["step"] >= 20)["step"]
+        kill_a_rank()
+        operator.wait_for(lambda now: caplog.text.count("going on from step") == 2 and now["step"] > reached + 10)
+
+    config = make_config(learner={"ranks": 2}, ppo={"checkpoint_every": 5})
+    summary = operated(config, work)
+    assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
+    rows = read_lines(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, summary.steps + 1))
+    checkpoint = latest_checkpoint(config.run_dir / "checkpoints")
+    assert checkpoint is not None
+    ledger = load_state(checkpoint / "pipeline")["ledger"]
+    assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
+    assert "rank 1 of the learner died" in caplog.text
+
+
+def test_a_learner_that_dies_again_and_again_ends_the_run_with_the_cause(
+    cluster: None, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config(learner={"max_restarts": 0})
+    killed = iter([True])
+
+    def kill_once(row: Any) -> None:
+        if next(killed, False):
+            kill_a_rank()
+
+    with pytest.raises(LearnerDiedError, match=r"(?s)rank 0 of the learner died.*learner\.max_restarts = 0"):
+        run_ppo(config, on_step=kill_once)
+    assert read_summary(config.run_dir)["status"] == "failed"
