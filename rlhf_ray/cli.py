@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rlhf_ray.report.console import Console
 
 _OF_POLICY = (
-    *("metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
+    *("metrics.jsonl", "samples.jsonl", "quarantine.jsonl", "tensorboard", "checkpoints", "policy", "bad_sample.json"),
     *("sft.rejects.jsonl", "sft.checkpoints", "dpo.rejects.jsonl", "dpo.checkpoints"),
 )
 """A run has one policy, whoever trained it: what one of the three has left is in the way of the others."""

@@ -247,7 +247,15 @@ class PPOConfig(Section):
         gt=0,
         description="Largest sampler-learner log-probability gap, nats; default 1e-3 in float32, 0.2 in bfloat16.",
     )
-    max_prompt_tries: int = Field(3, ge=1, description="Workers that may die on one prompt before the run ends.")
+    max_prompt_tries: int = Field(
+        3, ge=1, description="Workers that may die on one prompt before it is quarantined; see max_quarantined."
+    )
+    max_quarantined: int = Field(
+        10,
+        ge=0,
+        description="Prompts left out, because workers die on them or their responses get no finite score, before the "
+        "run ends with the cause; quarantine.jsonl names them.",
+    )
     checkpoint_every: int = Field(
         10,
         ge=0,

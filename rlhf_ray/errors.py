@@ -9,7 +9,9 @@
     ├── ParityError (RuntimeError)   sampler and learner disagree about a log-probability
     ├── NumericalError (RuntimeError) NaN or infinity where a number must be, too often to go on
     ├── StalenessError (RuntimeError) an experience older than ``ppo.max_staleness`` reached the learner (a bug)
+    ├── PromptError (RuntimeError)   no worker can work on this prompt: it is quarantined, and the run goes on
     ├── ScorerError (RuntimeError)   a score could not be had
+    │   └── NoScoreError (PromptError) a scorer gave no finite number for this response
     ├── CheckpointError (OSError)    a checkpoint could not be written
     └── WorkerDiedError (RuntimeError) a worker process is gone
         ├── NodeLostError        it went with its node
@@ -59,6 +61,14 @@ class StalenessError(RlhfRayError, RuntimeError):
 
 class ScorerError(RlhfRayError, RuntimeError):
     """A rollout could not be scored; a missing score is never a zero."""
+
+
+class PromptError(RlhfRayError, RuntimeError):
+    """No worker can work on this prompt or on a response to it; it is quarantined."""
+
+
+class NoScoreError(ScorerError, PromptError):
+    """A scorer works, and what it gave for this response is no finite number."""
 
 
 class CheckpointError(RlhfRayError, OSError):

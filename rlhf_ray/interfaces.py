@@ -61,7 +61,7 @@ class Scorer(Protocol):
     """Gives each response one scalar."""
 
     async def score(self, rollout: Ref) -> Score:
-        """Raises ``ScorerError`` when no score can be had."""
+        """Raises ``NoScoreError`` when this response has none, and another ``ScorerError`` when none can be had."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""What a run leaves behind in numbers: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events and ``summary.json``.
+"""What a run leaves behind in numbers: ``metrics.jsonl``, ``samples.jsonl``, ``quarantine.jsonl``, TensorBoard events
+and ``summary.json``.
 
 Metrics are values that roles return; the pipeline alone logs them, here. One JSON object per step, flushed at once, so
 that a run that is killed keeps every step it took. JSON has no NaN: a value that is not finite is written as null.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from typing import Any, Self, TextIO
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
+"""The prompts that a PPO run has left out, each with the cause; there is none where it has left out none."""
 SUMMARY_FILE = "summary.json"
 STATUS_FILE = "status.json"
 """How a PPO run stands at this moment; of use while ``summary.json`` says "running"."""
@@ -28,20 +31,23 @@ class MetricsWriter:
 
     A new run appends to what is there. A resumed one passes ``resume_step``, the last step whose effect it kept: the
     lines of later steps, which it takes again, and a line torn by the crash are dropped first, so that each step stands
-    there once.
+    there once. Of the prompts in quarantine it keeps those that are in ``quarantined``: the others are tried again.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, resume_step: int | None = None, quarantined: Collection[int] = frozenset()
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard_dir = run_dir / TENSORBOARD_FOLDER
         self._purge_step = None if resume_step is None else resume_step + 1
         if resume_step is not None:
             for name in (METRICS_FILE, SAMPLES_FILE):
-                if (run_dir / name).exists():
-                    _drop_after(run_dir / name, resume_step)
+                _keep(run_dir / name, lambda row: row.get("step", 0) <= resume_step)
+            _keep(run_dir / QUARANTINE_FILE, lambda row: row.get("prompt_id") in quarantined)
         self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._samples_path = run_dir / SAMPLES_FILE
         self._samples: TextIO | None = None
+        self._quarantine_path = run_dir / QUARANTINE_FILE
         self._events: Any = None
 
     def write(self, metrics: Mapping[str, float], samples: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -57,6 +63,11 @@ class MetricsWriter:
             if name != "step" and math.isfinite(value):
                 events.add_scalar(f"{name.partition('_')[0]}/{name}", value, step)
         events.flush()
+
+    def quarantine(self, row: Mapping[str, Any]) -> None:
+        """Name a prompt that the run leaves out; it is on disk at once, for the run may end with the same prompt."""
+        with self._quarantine_path.open("a", encoding="utf-8") as out:
+            _write_line(out, row)
 
     def close(self) -> None:
         """Close every file; a second call does nothing."""
@@ -169,8 +180,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = [row for row in read_lines(path) if row.get("step", 0) <= step]
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines of a JSONL file, if there is one."""
+    if not path.exists():
+        return
+    kept = [row for row in read_lines(path) if wanted(row)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as out:
         for row in kept:

@@ -29,7 +29,7 @@ import json
 import math
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ import torch
 from rlhf_ray.errors import (
     CheckpointError,
     NodeLostError,
+    NoScoreError,
     NumericalError,
     ScorerError,
     StalenessError,
@@ -134,6 +135,7 @@ class FakeGenerator(_Mortal):
         die_at_generate, die_at_update: the call, counted from 1, in which the worker dies. Every call under way and
             every later one then raises ``WorkerDiedError``.
         hang_at_generate: the call, counted from 1, that never ends unless the worker dies.
+        poison: ids of prompts that kill whoever is given them.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class FakeGenerator(_Mortal):
         die_at_generate: int | None = None,
         die_at_update: int | None = None,
         hang_at_generate: int | None = None,
+        poison: Collection[int] = (),
     ) -> None:
         super().__init__(name)
         self.version: int | None = None
@@ -163,6 +166,7 @@ class FakeGenerator(_Mortal):
         self._die_at_generate = die_at_generate
         self._die_at_update = die_at_update
         self._hang_at_generate = hang_at_generate
+        self._poison = poison
         self._updates = 0
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
@@ -170,7 +174,7 @@ class FakeGenerator(_Mortal):
         assert self.version is not None, f"{self.name} was given a prompt before it had weights"
         self.prompt_ids.append(prompt.prompt_id)
         before, call = self.version, len(self.prompt_ids)
-        if call == self._die_at_generate:
+        if call == self._die_at_generate or prompt.prompt_id in self._poison:
             self.kill()
         seconds = self._seconds if isinstance(self._seconds, float | int) else self._seconds(prompt.prompt_id)
         await self._live_on(math.inf if call == self._hang_at_generate else seconds)
@@ -234,18 +238,27 @@ class FakeReference(_Mortal):
         seconds: what one call takes.
         die_at: the call, counted from 1, in which the worker dies. Every call under way and every later one then raises
             ``WorkerDiedError``.
+        poison: ids of prompts whose responses kill whoever reads them.
     """
 
-    def __init__(self, name: str = "reference-0", *, seconds: float = 0.0, die_at: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "reference-0",
+        *,
+        seconds: float = 0.0,
+        die_at: int | None = None,
+        poison: Collection[int] = (),
+    ) -> None:
         super().__init__(name)
         self.calls = 0
         self._seconds = seconds
         self._die_at = die_at
+        self._poison = poison
 
     async def logprobs(self, rollout: Ref) -> Ref:
         """See ``interfaces.Reference``."""
         self.calls += 1
-        if self.calls == self._die_at:
+        if self.calls == self._die_at or rollout.prompt.prompt_id in self._poison:
             self.kill()
         await self._live_on(self._seconds)
         return np.asarray(rollout.rollout_logprobs, dtype=np.float32) - np.float32(0.01)
@@ -256,11 +269,13 @@ class FakeScorer:
 
     Args:
         fail_at: the call, counted from 1, that raises ``ScorerError``.
+        poison: ids of prompts whose responses get no score.
     """
 
-    def __init__(self, *, seconds: float = 0.0, fail_at: int | None = None) -> None:
+    def __init__(self, *, seconds: float = 0.0, fail_at: int | None = None, poison: Collection[int] = ()) -> None:
         self._seconds = seconds
         self._fail_at = fail_at
+        self._poison = poison
         self.calls = 0
 
     async def score(self, rollout: Ref) -> Score:
@@ -270,6 +285,8 @@ class FakeScorer:
         await asyncio.sleep(self._seconds)
         if call == self._fail_at:
             raise ScorerError(f"no score for prompt {rollout.prompt.prompt_id} (fault injection)")
+        if rollout.prompt.prompt_id in self._poison:
+            raise NoScoreError(f"fake gave nan for prompt {rollout.prompt.prompt_id} (fault injection)")
         value = 0.1 * rollout.policy_versions[-1] + random.Random(rollout.text).uniform(-0.1, 0.1)
         return Score(value=value, raw=value, reward_version="fake")
 

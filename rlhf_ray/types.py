@@ -52,6 +52,10 @@ class Prompt:
     completions: int = 1
     """Responses wanted: more than one where an advantage is measured against the others of the group."""
 
+    def named(self) -> str:
+        """For messages: its id and how it begins."""
+        return f"{self.prompt_id} ({self.text[:60]!r})"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:

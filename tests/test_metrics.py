@@ -57,6 +57,18 @@ def test_a_resumed_run_drops_the_steps_that_it_takes_again_and_the_torn_line(tmp
     assert [row["response"] for row in read_lines(tmp_path / "samples.jsonl")] == ["text 1", "text 2", "text 3 again"]
 
 
+def test_the_quarantine_has_a_row_a_prompt_and_a_resumed_run_keeps_those_that_are_still_in_it(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        assert not (tmp_path / "quarantine.jsonl").exists()
+        for prompt_id in (3, 5):
+            writer.quarantine({"prompt_id": prompt_id, "prompt": "p", "cause": "it died", "step": 1})
+            assert read_lines(tmp_path / "quarantine.jsonl")[-1]["prompt_id"] == prompt_id
+    with MetricsWriter(tmp_path, resume_step=1, quarantined={3}) as writer:
+        writer.quarantine({"prompt_id": 5, "prompt": "p", "cause": "again", "step": 1})
+    rows = read_lines(tmp_path / "quarantine.jsonl")
+    assert [(row["prompt_id"], row["cause"]) for row in rows] == [(3, "it died"), (5, "again")]
+
+
 def test_tensorboard_reads_the_scalars_back_and_a_resume_replaces_the_later_ones(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

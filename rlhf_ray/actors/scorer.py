@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
-from rlhf_ray.errors import ScorerError, WorkerDiedError
+from rlhf_ray.errors import NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.roles.function_scorer import FunctionScorer
@@ -51,7 +51,8 @@ class ServedScorer:
         """Serve resolves the ref in the replica; the rollout does not pass through this process.
 
         Raises:
-            ScorerError: the model gives no score, or the service failed on every try; with the cause.
+            NoScoreError: the model gives no finite number.
+            ScorerError: it cannot read the response, or the service failed on every try; with the cause.
         """
         for attempt in range(1, self._tries + 1):
             try:
@@ -70,7 +71,7 @@ class ServedScorer:
                 raise
             else:
                 if not math.isfinite(score.value):
-                    raise ScorerError(f"{score.reward_version} gave {score.value}, which is no score")
+                    raise NoScoreError(f"{score.reward_version} gave {score.value}, which is no score")
                 return score
         raise AssertionError("unreachable: the last try returns or raises")
 

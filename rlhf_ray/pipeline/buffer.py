@@ -19,7 +19,8 @@ by k fits into the steps at versions j … k. It holds at the start, where nothi
 
 * An admission at j has d = j + S and moves A(k) only for k ≥ j + S, where the slots alone give A(k) ≤ (S + 1)·B
   ≤ (k − j + 1)·B. A withdrawal (its worker died) only lowers A; the prompt keeps its slot, and when another generator
-  gets it, that is an admission at the version of that time, so with the same deadline or a later one.
+  gets it, that is an admission at the version of that time, so with the same deadline or a later one. Where the prompt
+  is quarantined, a fresh one takes its slot, and the same holds.
 * A take at j turns I(j) into I(j + 1): for k in [j, j + S) the rule says so word for word, and at k = j it says that
   nothing is left behind its deadline. For k ≥ j + S, what is left is at most S·B ≤ (k − j)·B by the slots, and stays
   so until the publication frees B of them, because admissions meanwhile are counted by the slots too.
@@ -91,9 +92,11 @@ class ExperienceBuffer:
         self._deadlines[prompt_id] = version + self.max_staleness
 
     def withdraw(self, prompt_id: int) -> None:
-        """The generator that had the prompt died: it has no deadline until it is admitted again, and keeps its slot."""
+        """The generator that had the prompt died: it has no deadline until it is admitted again, and keeps its slot.
+        Or the prompt is quarantined, and leaves its slot to another.
+        """
         if prompt_id in self._finished or prompt_id not in self._deadlines:
-            raise RlhfRayError(f"prompt {prompt_id} cannot be withdrawn: no generator is at work on it")
+            raise RlhfRayError(f"prompt {prompt_id} cannot be withdrawn: nobody is at work on it")
         del self._deadlines[prompt_id]
         self._changed.set()
 

@@ -1,13 +1,14 @@
-"""The prompt ledger: issued → scored → trained, by prompt id.
+"""The prompt ledger: issued → scored → trained, or issued → quarantined, by prompt id.
 
 It is what makes a crash or a resume exact. A prompt that is not scored is issued again, with its id and so with its
-sampling seed; one that is scored waits to be trained; one that is trained is never trained again. Pure state: no clock,
-no tasks, no files.
+sampling seed; one that is scored waits to be trained; one that is trained is never trained again; one that no
+worker can work on is quarantined, and nobody gets it any more. Pure state: no clock, no tasks, no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from rlhf_ray.errors import RlhfRayError
@@ -33,11 +34,13 @@ class Ledger:
         self.next_id = 0
         """Ids below it have been issued; it is the next to be."""
         self.lost = 0
-        """Issued prompts that were neither trained nor in flight when the run was closed."""
+        """Issued prompts that were neither trained, quarantined nor in flight when the run was closed."""
         self.trained_twice = 0
         """Times that a prompt already trained was offered for training; each was refused."""
         self._open: dict[int, Stage] = {}
-        # Every id below the floor is trained; above it, those in the set. The set stays as small as what is in flight.
+        self._quarantined: set[int] = set()
+        # Every id below the floor is trained or quarantined; above it, those in the set. The set stays as small as what
+        # is in flight.
         self._floor = 0
         self._above: set[int] = set()
 
@@ -74,11 +77,23 @@ class Ledger:
             self._require(prompt_id, "scored", "trained")
         for prompt_id in prompt_ids:
             del self._open[prompt_id]
-        self._mark_trained(prompt_ids)
+        self._settle(prompt_ids)
+
+    def quarantine(self, prompt_id: int) -> None:
+        """No worker can work on the prompt: it is neither trained nor issued again, in a resumed run either."""
+        self._require(prompt_id, "issued", "quarantined")
+        del self._open[prompt_id]
+        self._quarantined.add(prompt_id)
+        self._settle([prompt_id])
+
+    @property
+    def quarantined(self) -> int:
+        """Number of prompts in quarantine, those before a resume included."""
+        return len(self._quarantined)
 
     def is_trained(self, prompt_id: int) -> bool:
         """Whether a batch with this prompt has been claimed."""
-        return prompt_id < self._floor or prompt_id in self._above
+        return (prompt_id < self._floor or prompt_id in self._above) and prompt_id not in self._quarantined
 
     def unscored(self, prompt_id: int) -> None:
         """A resumed run cannot use the responses: the prompt has to be sampled again."""
@@ -91,7 +106,8 @@ class Ledger:
 
     def past_sampling(self) -> int:
         """Number of prompts that are scored or trained."""
-        return self._floor + len(self._above) + sum(stage == "scored" for stage in self._open.values())
+        settled = self._floor + len(self._above)
+        return settled - len(self._quarantined) + sum(stage == "scored" for stage in self._open.values())
 
     def close(self, in_flight: Collection[int]) -> list[int]:
         """The run ends with these prompts still under way; returns the lost ids and sets ``lost`` to their number."""
@@ -101,30 +117,35 @@ class Ledger:
         return missing
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready and compact: ``{"next_id": 96, "trained": [[0, 63], [70, 71]], "scored": [64, 69]}``; the ranges
-        of what is trained are inclusive, and what is neither trained nor scored is issued.
+        """JSON-ready and compact: ``{"next_id": 96, "trained": [[0, 63], [70, 71]], "scored": [64, 69],
+        "quarantined": [65]}``; the ranges of what is trained are inclusive, and what stands nowhere is issued.
         """
-        ranges = [[0, self._floor - 1]] if self._floor else []
-        for prompt_id in sorted(self._above):
+        quarantined = sorted(self._quarantined)
+        gaps = [-1, *(i for i in quarantined if i < self._floor), self._floor]
+        ranges = [[before + 1, after - 1] for before, after in pairwise(gaps) if after - before > 1]
+        for prompt_id in sorted(self._above - self._quarantined):
             if ranges and ranges[-1][1] == prompt_id - 1:
                 ranges[-1][1] = prompt_id
             else:
                 ranges.append([prompt_id, prompt_id])
         scored = sorted(i for i, stage in self._open.items() if stage == "scored")
-        return {"next_id": self.next_id, "trained": ranges, "scored": scored}
+        return {"next_id": self.next_id, "trained": ranges, "scored": scored, "quarantined": quarantined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, which holds what was scored."""
-        self.next_id, self._floor, self._above = state["next_id"], 0, set()
+        """Go on from a checkpoint, which holds what was scored. In one of before the quarantine nothing is in it."""
+        self.next_id, self._floor, self._above, self._quarantined = state["next_id"], 0, set(), set()
         for first, last in state["trained"]:
             if not 0 <= first <= last < self.next_id:
                 raise RlhfRayError(f"the checkpoint's ledger trains prompts {first} to {last} of {self.next_id} issued")
-            self._mark_trained(range(first, last + 1))
+            self._settle(range(first, last + 1))
         self._open = {i: "issued" for i in range(self._floor, self.next_id) if i not in self._above}
         for prompt_id in state["scored"]:
             self.scored(prompt_id)
+        for prompt_id in state.get("quarantined", ()):
+            self.quarantine(prompt_id)
 
-    def _mark_trained(self, prompt_ids: Sequence[int]) -> None:
+    def _settle(self, prompt_ids: Iterable[int]) -> None:
+        """These are trained, or quarantined: nobody works on them any more."""
         self._above.update(prompt_ids)
         while self._floor in self._above:
             self._above.discard(self._floor)
@@ -132,5 +153,6 @@ class Ledger:
 
     def _require(self, prompt_id: int, stage: Stage, wanted: str) -> None:
         now = "trained" if self.is_trained(prompt_id) else self._open.get(prompt_id, "not issued")
+        now = "quarantined" if prompt_id in self._quarantined else now
         if now != stage:
             raise RlhfRayError(f"prompt {prompt_id} cannot be {wanted}: it is {now}, not {stage}")

@@ -10,12 +10,14 @@
     _feed     ids of the ledger   one _rollout a slot  a slot                          _learn, publishing a version
     _rollout  a prompt            its experiences      a READY generator, its          weight sync, the workers
                                                        responses, scores and ref lps
+              (one that no worker can work on is quarantined, and its slot passes to the ledger's next id)
     _learn    a batch             a version            B prompts' experiences that     _rollout
                                                        the buffer's rule lets go
 
 One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Workers of
 both pools may join, leave and die meanwhile. Refs pass through unopened. Exactly as many prompts are issued as the
-steps need. The first task that fails ends all others, and ``run`` raises its error.
+steps need, and one more for each that is quarantined. The first task that fails ends all others, and ``run`` raises its
+error.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import CheckpointError, RlhfRayError
+from rlhf_ray.errors import CheckpointError, PromptError, RlhfRayError
 from rlhf_ray.interfaces import Checkpoints, Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
 from rlhf_ray.pipeline.ledger import Ledger
@@ -38,7 +40,7 @@ from rlhf_ray.pipeline.weight_sync import WeightSync
 from rlhf_ray.pipeline.workers import WorkerState
 from rlhf_ray.types import ExperienceRefs, Prompt, Ref, ScoredPrompt
 
-__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error"]
+__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error", "quarantined"]
 
 log = logging.getLogger("rlhf_ray.pipeline")
 
@@ -74,6 +76,8 @@ class Pipeline:
         references: None where the learner is the reference too.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
         on_step: is given each step's metrics and the learner's sample rows.
+        on_quarantine: is given a row for each prompt that is quarantined: ``prompt_id``, ``prompt``, ``cause`` and the
+            ``step``s taken before.
         checkpoints: is given this state and what is scored every ``checkpoint_every`` steps and at the end, and saves
             the learner beside them. Sampling and learning go on while it writes. What cannot be written is reported
             and tried again with the next checkpoint; the last one must be written.
@@ -93,6 +97,7 @@ class Pipeline:
         config: PPOConfig,
         parity_tolerance: float,
         on_step: Callable[[dict[str, float], Sequence[Mapping[str, Any]]], None],
+        on_quarantine: Callable[[Mapping[str, Any]], None] = lambda row: None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self._prompts = prompts
@@ -104,6 +109,7 @@ class Pipeline:
         self._config = config
         self._sync = WeightSync(pool, learner, tolerance=parity_tolerance)
         self._on_step = on_step
+        self._on_quarantine = on_quarantine
         self._checkpoints = checkpoints
         self._ledger = Ledger()
         self._tally = Tally()
@@ -117,6 +123,7 @@ class Pipeline:
             int, str
         ] = {}  # of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer
         self._rollouts: set[asyncio.Task[None]] = set()
+        self._ids = self._due()
 
     async def run(self) -> RunSummary:
         """Train until ``config.steps`` or ``request_stop``; ends the pool's workers in every case.
@@ -152,6 +159,7 @@ class Pipeline:
             parity_max=self._sync.parity_max,
             lost=self._ledger.lost,
             trained_twice=self._ledger.trained_twice,
+            quarantined=self._ledger.quarantined,
         )
 
     def request_stop(self) -> None:
@@ -160,38 +168,84 @@ class Pipeline:
         self._buffer.end()
 
     async def _feed(self, tasks: asyncio.TaskGroup) -> None:
-        for prompt_id, issue in self._due():
+        needed = self._config.steps * self._config.prompts_per_step - self._ledger.past_sampling()
+        for _ in range(needed):
             await self._buffer.acquire()
-            issue(prompt_id)
+            prompt_id = next(self._ids)
             self._stages[prompt_id] = WAITING
-            rollout = tasks.create_task(self._rollout(self._prompts.prompt(prompt_id)), name=f"prompt {prompt_id}")
+            rollout = tasks.create_task(self._rollout(prompt_id), name=f"prompt {prompt_id}")
             self._rollouts.add(rollout)
             rollout.add_done_callback(self._rollouts.discard)
 
-    async def _rollout(self, prompt: Prompt) -> None:
+    async def _rollout(self, prompt_id: int) -> None:
+        """Fill one slot: by this prompt, or by the next one after those that are quarantined."""
+        while True:
+            prompt = self._prompts.prompt(prompt_id)
+            try:
+                experiences = await self._experiences(prompt)
+                break
+            except PromptError as error:
+                self._quarantine(prompt, error)
+            prompt_id = next(self._ids)
+            self._stages[prompt_id] = WAITING
+        self._ledger.scored(prompt_id)
+        del self._stages[prompt_id]
+        self._buffer.put(prompt_id, experiences)
+
+    async def _experiences(self, prompt: Prompt) -> list[ExperienceRefs]:
+        """The prompt's responses, scored.
+
+        Raises:
+            PromptError: no worker can work on the prompt or on a response; the buffer awaits it no more.
+        """
         prompt_id = prompt.prompt_id
         sampled = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
         self._tally.rollout_stage(prompt_id, "generate", max(receipt.seconds for receipt, _ in sampled))
         self._occupancy.leave("generate")
         self._stages[prompt_id] = BEING_SCORED
         scores = asyncio.gather(*(self._scorer.score(rollout) for _, rollout in sampled))
-        references = asyncio.gather(*(self._ref_logprobs(rollout) for _, rollout in sampled))
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._timed(prompt_id, "score", scores))
-            both.create_task(self._timed(prompt_id, "reference", references))
-        self._ledger.scored(prompt_id)
-        del self._stages[prompt_id]
+        references = asyncio.gather(*(self._ref_logprobs(prompt, rollout) for _, rollout in sampled))
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._timed(prompt_id, "score", scores))
+                both.create_task(self._timed(prompt_id, "reference", references))
+        except ExceptionGroup as group:
+            poison, others = group.split(PromptError)
+            if poison is None or others is not None:
+                raise
+            self._buffer.withdraw(prompt_id)
+            cause = first_error(poison)
+            raise cause from cause.__cause__
         judged = zip(sampled, scores.result(), references.result(), strict=True)
-        self._buffer.put(
-            prompt_id,
-            [
-                ExperienceRefs(receipt=receipt, score=score, rollout=rollout, ref_logprobs=ref_logprobs)
-                for (receipt, rollout), score, ref_logprobs in judged
-            ],
+        return [
+            ExperienceRefs(receipt=receipt, score=score, rollout=rollout, ref_logprobs=ref_logprobs)
+            for (receipt, rollout), score, ref_logprobs in judged
+        ]
+
+    def _quarantine(self, prompt: Prompt, cause: PromptError) -> None:
+        """Leave a prompt out for good.
+
+        Raises:
+            RlhfRayError: there are ``max_quarantined`` already.
+        """
+        self._ledger.quarantine(prompt.prompt_id)
+        self._tally.forget(prompt.prompt_id)
+        del self._stages[prompt.prompt_id]
+        row = {"prompt_id": prompt.prompt_id, "prompt": prompt.text, "cause": str(cause), "step": self._step}
+        self._on_quarantine(row)
+        allowed = self._config.max_quarantined
+        if self._ledger.quarantined > allowed:
+            raise RlhfRayError(
+                f"prompt {prompt.named()} is quarantined, and it is number {self._ledger.quarantined} where "
+                f"ppo.max_quarantined = {allowed}: {cause}; mend what the rows of quarantine.jsonl have in common, or "
+                "raise ppo.max_quarantined"
+            ) from cause
+        log.warning(
+            "prompt %d is quarantined (%d of %d): %s", prompt.prompt_id, self._ledger.quarantined, allowed, cause
         )
 
-    async def _ref_logprobs(self, rollout: Ref) -> Ref | None:
-        return None if self._references is None else await self._references.logprobs(rollout)
+    async def _ref_logprobs(self, prompt: Prompt, rollout: Ref) -> Ref | None:
+        return None if self._references is None else await self._references.logprobs(prompt, rollout)
 
     async def _learn(self) -> None:
         while self._step < self._config.steps and (batch := await self._next_batch()):
@@ -220,6 +274,7 @@ class Pipeline:
         if self._step < self._config.steps and not self._stopping:  # nobody would sample from a last version
             await self._publish(report.version)
         others = {"slots_in_use": slots_in_use, "generators": self._pool.size()}
+        others["quarantined"] = self._ledger.quarantined
         row = self._tally.step(self._step, batch, report, _now(), others | self._sync.collect_metrics())
         parts = [{"score_parts": dict(e.score.parts)} if e.score.parts else {} for e in batch]
         self._on_step(row, [{**sample, **of} for sample, of in zip(report.samples, parts, strict=False)])
@@ -306,6 +361,7 @@ class Pipeline:
                 **{stage.replace(" ", "_"): stages[stage] for stage in PROMPT_STAGES},
                 "finished": len(self._buffer.finished_ids()),
             },
+            "quarantined": {"prompts": self._ledger.quarantined, "bound": self._config.max_quarantined},
             "occupancy": self._occupancy.shares(),
             "generators": self._pool.status(),
             "references": self._references.status() if self._references is not None else None,
@@ -315,13 +371,15 @@ class Pipeline:
         pools = (self._pool, self._references)
         await asyncio.gather(*(pool.close() for pool in pools if pool is not None))
 
-    def _due(self) -> Iterator[tuple[int, Callable[[int], None]]]:
-        """Ids that the remaining steps need, each with the ledger's word for it: interrupted ones first."""
-        needed = max(0, self._config.steps * self._config.prompts_per_step - self._ledger.past_sampling())
-        again = self._ledger.unfinished()[:needed]
-        yield from ((prompt_id, self._ledger.reissue) for prompt_id in again)
-        first = self._ledger.next_id
-        yield from ((prompt_id, self._ledger.issue) for prompt_id in range(first, first + needed - len(again)))
+    def _due(self) -> Iterator[int]:
+        """Ids without end, each issued as it is taken: interrupted ones first."""
+        for prompt_id in self._ledger.unfinished():
+            self._ledger.reissue(prompt_id)
+            yield prompt_id
+        while True:
+            prompt_id = self._ledger.next_id
+            self._ledger.issue(prompt_id)
+            yield prompt_id
 
     def _admit(self, prompt_id: int, version: int) -> None:
         self._buffer.admit(prompt_id, version)
@@ -351,6 +409,11 @@ class Pipeline:
         if references and WorkerState.READY not in references.values():
             said += f"; references: {', '.join(f'{name} {state.value}' for name, state in references.items())}"
         return said
+
+
+def quarantined(state: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the prompts that a pipeline of this ``state_dict`` holds in quarantine."""
+    return frozenset(state["ledger"].get("quarantined", ()))
 
 
 def _now() -> float:

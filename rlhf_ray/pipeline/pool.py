@@ -51,7 +51,7 @@ class GeneratorPool(WorkerPool[Generator]):
             on_withdraw: called with the prompt id when that generator has died; another ``on_admit`` follows.
 
         Raises:
-            RlhfRayError: ``max_prompt_tries`` workers died on this prompt.
+            PromptError: ``max_prompt_tries`` workers died on this prompt.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
 
@@ -67,7 +67,7 @@ class GeneratorPool(WorkerPool[Generator]):
         return await self._call(
             sample,
             lambda tries: (
-                f"prompt {prompt.prompt_id} ({prompt.text[:60]!r}) was given to {tries} generators and each died; "
+                f"prompt {prompt.named()} was given to {tries} generators and each died; "
                 "remove it from prompts.path, or raise ppo.max_prompt_tries if the deaths have another cause"
             ),
         )
@@ -89,17 +89,21 @@ class ReferencePool(WorkerPool[Reference]):
 
     kind = "reference"
 
-    async def logprobs(self, rollout: Ref) -> Ref:
+    async def logprobs(self, prompt: Prompt, rollout: Ref) -> Ref:
         """See ``interfaces.Reference``: by the least loaded one, and by another one if that dies.
 
+        Args:
+            prompt: whose response the rollout is.
+
         Raises:
-            RlhfRayError: ``max_prompt_tries`` workers died on this rollout.
+            PromptError: ``max_prompt_tries`` workers died on this rollout.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
         return await self._call(
             lambda member, reference: reference.logprobs(rollout),
             lambda tries: (
-                f"a rollout was given to {tries} references and each died; lower reference.max_batch_tokens if memory "
-                "ran out, or raise ppo.max_prompt_tries if the deaths have another cause"
+                f"a response to prompt {prompt.named()} was given to {tries} references and each died; lower "
+                "reference.max_batch_tokens if memory ran out, or raise ppo.max_prompt_tries if the deaths have "
+                "another cause"
             ),
         )

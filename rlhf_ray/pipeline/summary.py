@@ -45,6 +45,8 @@ class RunSummary:
     """Steps without an update, because something in them was not finite."""
     lost: int
     trained_twice: int
+    quarantined: int
+    """Prompts that no worker could work on, those before a resume included."""
 
 
 class Tally:
@@ -76,6 +78,10 @@ class Tally:
     def rollout_stage(self, prompt_id: int, stage: str, seconds: float) -> None:
         """One of ``ROLLOUT_STAGES`` is over for one prompt's responses."""
         self._rollouts[prompt_id][stage] = seconds
+
+    def forget(self, prompt_id: int) -> None:
+        """The prompt is quarantined: no step will have it."""
+        self._rollouts.pop(prompt_id, None)
 
     def learner_stage(self, stage: str, seconds: float) -> None:
         """One of ``LEARNER_STAGES`` is over."""
@@ -143,6 +149,7 @@ class Tally:
         parity_max: float,
         lost: int,
         trained_twice: int,
+        quarantined: int,
     ) -> RunSummary:
         """Everything so far, at the end of the run."""
         samples = self.samples - self._resumed_samples
@@ -170,6 +177,7 @@ class Tally:
             skipped=self._skipped,
             lost=lost,
             trained_twice=trained_twice,
+            quarantined=quarantined,
         )
 
     def state_dict(self) -> dict[str, Any]:

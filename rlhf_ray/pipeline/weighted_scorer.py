@@ -44,4 +44,4 @@ class WeightedScorer:
         try:
             return await self._scorers[name][1].score(rollout)
         except ScorerError as error:
-            raise ScorerError(f"scorer {name}: {error}") from error
+            raise type(error)(f"scorer {name}: {error}") from error

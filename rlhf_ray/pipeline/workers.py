@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Generic, TypeVar
 
-from rlhf_ray.errors import NodeLostError, RlhfRayError, WorkerDiedError
+from rlhf_ray.errors import NodeLostError, PromptError, RlhfRayError, WorkerDiedError
 from rlhf_ray.interfaces import Worker
 
 log = logging.getLogger("rlhf_ray.pipeline")
@@ -109,7 +109,7 @@ class WorkerPool(Generic[W]):
         max_concurrent: most calls that one worker has at once.
         max_restarts: replacements of dead workers before the run ends with the cause. Workers that went with their node
             do not count.
-        max_prompt_tries: workers that may die on one call before the run ends; again without lost nodes.
+        max_prompt_tries: workers that may die on one call before it is given up; again without lost nodes.
         shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
     """
 
@@ -223,7 +223,7 @@ class WorkerPool(Generic[W]):
             hopeless: what to say when so many workers have died on it.
 
         Raises:
-            RlhfRayError: ``max_prompt_tries`` workers died on this call.
+            PromptError: ``max_prompt_tries`` workers died on this call.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
         tries = 0
@@ -239,7 +239,7 @@ class WorkerPool(Generic[W]):
                 self._bury(member, error)
                 tries += not isinstance(error, NodeLostError)
                 if tries == self._max_prompt_tries:
-                    raise RlhfRayError(hopeless(tries)) from error
+                    raise PromptError(hopeless(tries)) from error
                 again = True
             finally:
                 member.end_one()

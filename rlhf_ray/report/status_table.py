@@ -25,6 +25,8 @@ def status_lines(folder: Path, now: Mapping[str, Any]) -> list[str]:
         f"{queue['being_scored']} being scored, {queue['finished']} finished",
         "busy in the last minute: " + ", ".join(f"{stage} {share:.0%}" for stage, share in now["occupancy"].items()),
     ]
+    if (left_out := now.get("quarantined")) and left_out["prompts"]:
+        lines.append(f"quarantined: {left_out['prompts']} prompts, bound {left_out['bound']}; see quarantine.jsonl")
     if now["replicas"]:
         lines.append("reward model: " + ", ".join(f"{n} {state.lower()}" for state, n in now["replicas"].items()))
     if not now["running"]:

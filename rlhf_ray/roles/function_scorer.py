@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
-from rlhf_ray.errors import ConfigError, ScorerError
+from rlhf_ray.errors import ConfigError, NoScoreError, ScorerError
 from rlhf_ray.pipeline.shared_calls import SharedCalls
 from rlhf_ray.types import Rollout, Score
 
@@ -68,11 +68,12 @@ class FunctionScorer:
     async def score(self, rollout: Rollout) -> Score:
         """
         Raises:
-            ScorerError: the function raised an error, or gave something that is no score.
+            NoScoreError: the function gave something for this response that is no score.
+            ScorerError: it raised an error, or gave too few or too many.
         """
-        return await self._calls(rollout)
+        return self._score(await self._calls(rollout), rollout)
 
-    async def _score_all(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    async def _score_all(self, rollouts: Sequence[Rollout]) -> list[Any]:
         try:
             given = await asyncio.to_thread(
                 self._function,
@@ -85,7 +86,7 @@ class FunctionScorer:
             raise ScorerError(f"{self._path} raised {type(error).__name__}: {error}") from error
         if len(values) != len(rollouts):
             raise ScorerError(f"{self._path} gave {len(values)} rewards for {len(rollouts)} completions")
-        return [self._score(value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
+        return values
 
     def _score(self, value: Any, rollout: Rollout) -> Score:
         try:
@@ -93,7 +94,7 @@ class FunctionScorer:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise ScorerError(
+            raise NoScoreError(
                 f"{self._path} gave {value!r} for prompt {rollout.prompt.prompt_id}, which is no score; "
                 "return a finite number for every completion"
             )

@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from rlhf_ray.errors import ScorerError
+from rlhf_ray.errors import NoScoreError, ScorerError
 from rlhf_ray.types import Rollout, Score
 
 log = logging.getLogger("rlhf_ray.scorer")
@@ -99,7 +99,8 @@ class RemoteScorer:
     async def score(self, rollout: Rollout) -> Score:
         """
         Raises:
-            ScorerError: the service refused the request, answered without a score, or failed on every try.
+            NoScoreError: the service answered NaN, infinity or null.
+            ScorerError: it refused the request, answered in another form, or failed on every try.
         """
         item = {"prompt_ids": list(rollout.prompt.token_ids), "response_ids": list(rollout.response_ids)}
         waits, failure = 0, None
@@ -203,15 +204,17 @@ def _now() -> float:
 
 
 def _read_score(url: str, reply: httpx.Response) -> Score:
-    """Raises ``ScorerError`` unless the reply holds exactly one finite score."""
+    """Raises ``NoScoreError`` for NaN, infinity or null, and ``ScorerError`` for a reply of another form."""
+    complaint = f"{url} answered without one finite score: {reply.text[:QUOTED]}"
     try:
         answer = reply.json()
         (value,), (raw,), version = answer["scores"], answer["raw_scores"], answer["model"]
         if isinstance(version, str) and all(type(x) in (int, float) and math.isfinite(x) for x in (value, raw)):
             return Score(value=float(value), raw=float(raw), reward_version=version)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        pass  # no JSON, or not of that form: told below like a number that is none
-    raise ScorerError(f"{url} answered without one finite score: {reply.text[:QUOTED]}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ScorerError(complaint) from error
+    formed = isinstance(version, str) and all(x is None or type(x) in (int, float) for x in (value, raw))
+    raise (NoScoreError if formed else ScorerError)(complaint)
 
 
 def _problem(reply: httpx.Response) -> str:

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from rlhf_ray.config import Precision, ReadFormat
 from rlhf_ray.data.preferences import as_dialogue
 from rlhf_ray.data.prompts import encode_prompt
-from rlhf_ray.errors import DataError, ModelError, ScorerError
+from rlhf_ray.errors import DataError, ModelError, NoScoreError, ScorerError
 from rlhf_ray.models.loading import context_length, resolve_device, resolve_precision, set_threads
 from rlhf_ray.models.packing import pack_classifier, packed_logits, padded_logits
 from rlhf_ray.models.reward import find_label, load_reward_model, longest_input, model_version, reward_input
@@ -288,7 +288,7 @@ class RewardScorer:
     def _verdict(self, logits: Sequence[float], tokens: int) -> Reading | ScorerError:
         raw = self._raw(logits)
         if not math.isfinite(raw):
-            return ScorerError(
+            return NoScoreError(
                 f"the reward model {self.version} gave {raw} for {tokens} tokens; its weights may be broken"
             )
         value = (raw - self.normalisation.mean) / self.normalisation.std

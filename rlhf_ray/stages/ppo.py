@@ -30,7 +30,7 @@ from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, LearnerDiedError, ModelError
 from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder, model_version
-from rlhf_ray.pipeline.loop import Pipeline
+from rlhf_ray.pipeline.loop import Pipeline, quarantined
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary
 from rlhf_ray.stages.ppo_checkpoints import RunCheckpoints
@@ -240,7 +240,9 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
         version = await learner.load(start.folder / "learner")
         log.info("resumed from %s: step %d, version %d", start.folder, start.step, version)
     kl = config.ppo.kl
-    with MetricsWriter(config.run_dir, resume_step=start.step if start.again else None) as writer:
+    left_out = quarantined(start.state) if start.state else frozenset()
+    resume_step = start.step if start.again else None
+    with MetricsWriter(config.run_dir, resume_step=resume_step, quarantined=left_out) as writer:
 
         def record(metrics: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
             writer.write(metrics, samples)
@@ -259,6 +261,7 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
             config=config.ppo,
             parity_tolerance=parity_tolerance(config),
             on_step=record,
+            on_quarantine=writer.quarantine,
             checkpoints=checkpoints,
         )
         if start.folder is not None and start.state is not None:

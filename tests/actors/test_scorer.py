@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.actors.scorer import ServedScorer
-from rlhf_ray.errors import ScorerError
+from rlhf_ray.errors import NoScoreError, ScorerError
 from rlhf_ray.types import Score
 
 SCORE = Score(value=0.5, raw=1.0, reward_version="reward@0")
@@ -65,13 +65,13 @@ async def test_a_response_without_a_score_is_not_tried_again() -> None:
 
 
 async def test_a_replicas_own_error_comes_back_without_rays_account_of_it() -> None:
-    wrapped = RayTaskError("score_rollout", "a long traceback", ScorerError("gave nan")).as_instanceof_cause()
-    with pytest.raises(ScorerError) as caught:
+    wrapped = RayTaskError("score_rollout", "a long traceback", NoScoreError("gave nan")).as_instanceof_cause()
+    with pytest.raises(NoScoreError) as caught:
         await ServedScorer(FakeHandle(wrapped)).score("ref")
-    assert (type(caught.value), str(caught.value)) == (ScorerError, "gave nan")
+    assert (type(caught.value), str(caught.value)) == (NoScoreError, "gave nan")
 
 
 async def test_a_score_that_is_no_number_never_reaches_the_loop() -> None:
     handle = FakeHandle(Score(value=math.nan, raw=math.nan, reward_version="reward@0"))
-    with pytest.raises(ScorerError, match="reward@0 gave nan, which is no score"):
+    with pytest.raises(NoScoreError, match="reward@0 gave nan, which is no score"):
         await ServedScorer(handle).score("ref")

@@ -12,7 +12,7 @@ import ray
 from rlhf_ray.actors.scorer import RayScorers
 from rlhf_ray.cluster import wait_ready
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import ScorerError, WorkerDiedError
+from rlhf_ray.errors import NoScoreError, WorkerDiedError
 from rlhf_ray.types import Prompt, Rollout
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -95,9 +95,9 @@ async def test_a_function_and_a_remote_service_score_one_rollout_together(
 async def test_a_missing_score_comes_back_as_one_plain_error(start: Any) -> None:
     scorers = start(function("nothing"))
     await wait_ready(scorers.ready_refs())
-    with pytest.raises(ScorerError) as caught:
+    with pytest.raises(NoScoreError) as caught:
         await scorers.score(a_rollout())
-    assert type(caught.value) is ScorerError
+    assert type(caught.value) is NoScoreError
     assert str(caught.value) == (
         "scorer nothing: rewards_in_an_actor:nothing gave None for prompt 4, which is no score; return a finite number "
         "for every completion"

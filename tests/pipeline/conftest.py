@@ -49,6 +49,7 @@ class Run:
         self.generators: dict[str, FakeGenerator] = {}
         self.rows: list[dict[str, float]] = []
         self.samples: list[Mapping[str, Any]] = []
+        self.quarantine: list[Mapping[str, Any]] = []
         self.config = PPOConfig(**({"steps": 4, "batch_size": 4} | self.ppo))
         self.pool = GeneratorPool(
             worker_factory(self._make, seconds=self.start_seconds),
@@ -76,6 +77,7 @@ class Run:
             config=self.config,
             parity_tolerance=self.parity_tolerance,
             on_step=self._on_step,
+            on_quarantine=self.quarantine.append,
             checkpoints=self.checkpoints,
         )
 

@@ -24,7 +24,7 @@ def scored_ledger(*ids: int) -> Ledger:
 def test_a_prompt_is_issued_scored_and_trained() -> None:
     ledger = scored_ledger(0, 1, 2)
     ledger.trained([2, 0])
-    assert ledger.state_dict() == {"next_id": 3, "trained": [[0, 0], [2, 2]], "scored": [1]}
+    assert ledger.state_dict() == {"next_id": 3, "trained": [[0, 0], [2, 2]], "scored": [1], "quarantined": []}
     assert [ledger.is_trained(i) for i in range(4)] == [True, False, True, False]
 
 
@@ -54,7 +54,7 @@ def test_an_unscored_prompt_is_not_trained_and_nothing_of_its_batch_is_claimed()
     ledger.issue(1)
     with pytest.raises(RlhfRayError, match="prompt 1 cannot be trained: it is issued"):
         ledger.trained([0, 1])
-    assert ledger.state_dict() == {"next_id": 2, "trained": [], "scored": [0]}
+    assert ledger.state_dict() == {"next_id": 2, "trained": [], "scored": [0], "quarantined": []}
     assert ledger.trained_twice == 0
 
 
@@ -80,7 +80,12 @@ def test_what_is_neither_trained_nor_in_flight_is_lost() -> None:
 def test_the_state_is_compact_ranges() -> None:
     ledger = scored_ledger(*range(10))
     ledger.trained([0, 1, 2, 5, 6, 8])
-    assert ledger.state_dict() == {"next_id": 10, "trained": [[0, 2], [5, 6], [8, 8]], "scored": [3, 4, 7, 9]}
+    assert ledger.state_dict() == {
+        "next_id": 10,
+        "trained": [[0, 2], [5, 6], [8, 8]],
+        "scored": [3, 4, 7, 9],
+        "quarantined": [],
+    }
 
 
 def test_a_resumed_ledger_issues_again_what_was_in_flight_and_trains_what_was_scored() -> None:
@@ -99,6 +104,57 @@ def test_a_resumed_ledger_issues_again_what_was_in_flight_and_trains_what_was_sc
     assert resumed.unfinished() == [3]
 
 
+def test_a_quarantined_prompt_is_neither_lost_nor_trained_nor_issued_again() -> None:
+    ledger = scored_ledger(0, 1)
+    for prompt_id in (2, 3, 4):
+        ledger.issue(prompt_id)
+    ledger.quarantine(2)
+    ledger.quarantine(4)
+    ledger.trained([0, 1])
+    assert (ledger.quarantined, ledger.past_sampling(), ledger.unfinished()) == (2, 2, [3])
+    assert not ledger.is_trained(2)
+    assert ledger.close(in_flight=[3]) == []
+    for forbidden, wanted in (
+        (ledger.reissue, "issued again"),
+        (ledger.scored, "scored"),
+        (ledger.quarantine, "quarantined"),
+        (lambda i: ledger.trained([i]), "trained"),
+    ):
+        with pytest.raises(RlhfRayError, match=f"prompt 2 cannot be {wanted}: it is quarantined, not"):
+            forbidden(2)
+    with pytest.raises(RlhfRayError, match="prompt 1 cannot be quarantined: it is trained"):
+        ledger.quarantine(1)
+    state = json.loads(json.dumps(ledger.state_dict()))
+    assert state == {"next_id": 5, "trained": [[0, 1]], "scored": [], "quarantined": [2, 4]}
+    resumed = Ledger()
+    resumed.load_state_dict(state)
+    assert (resumed.quarantined, resumed.past_sampling(), resumed.unfinished()) == (2, 2, [3])
+    assert resumed.state_dict() == state
+
+
+def test_the_ranges_of_what_is_trained_leave_the_quarantined_out() -> None:
+    ledger = Ledger()
+    for prompt_id in range(10):
+        ledger.issue(prompt_id)
+        if prompt_id in (0, 3, 4, 9):
+            ledger.quarantine(prompt_id)
+        else:
+            ledger.scored(prompt_id)
+    ledger.trained([1, 2, 5, 7])
+    assert ledger.state_dict() == {
+        "next_id": 10,
+        "trained": [[1, 2], [5, 5], [7, 7]],
+        "scored": [6, 8],
+        "quarantined": [0, 3, 4, 9],
+    }
+
+
+def test_a_state_of_before_the_quarantine_is_read() -> None:
+    ledger = Ledger()
+    ledger.load_state_dict({"next_id": 4, "trained": [[0, 1]], "scored": [2]})
+    assert (ledger.quarantined, ledger.unfinished(), ledger.past_sampling()) == (0, [3], 3)
+
+
 def test_a_prompt_whose_responses_cannot_be_used_any_more_is_sampled_again() -> None:
     ledger = scored_ledger(0, 1)
     ledger.unscored(1)
@@ -113,12 +169,14 @@ def test_a_prompt_whose_responses_cannot_be_used_any_more_is_sampled_again() -> 
 def test_a_state_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(RlhfRayError, match="trains prompts 0 to 7 of 4 issued"):
         Ledger().load_state_dict({"next_id": 4, "trained": [[0, 7]], "scored": []})
+    with pytest.raises(RlhfRayError, match="prompt 1 cannot be quarantined: it is trained"):
+        Ledger().load_state_dict({"next_id": 4, "trained": [[0, 1]], "scored": [], "quarantined": [1]})
     with pytest.raises(RlhfRayError, match="prompt 1 cannot be scored: it is trained"):
         Ledger().load_state_dict({"next_id": 4, "trained": [[0, 1]], "scored": [1, 2]})
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Issue, score, train and resume in any order, beside a model made of plain sets."""
+    """Issue, score, train, quarantine and resume in any order, beside a model made of plain sets."""
 
     issued = Bundle("issued")
     scored = Bundle("scored")
@@ -129,6 +187,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.trained: set[int] = set()
         self.untrained: set[int] = set()
         self.waiting: set[int] = set()
+        self.left_out: set[int] = set()
 
     @rule(target=issued)
     def issue(self) -> int:
@@ -149,6 +208,12 @@ class AnyHistory(RuleBasedStateMachine):
         self.ledger.unscored(prompt_id)
         self.waiting.discard(prompt_id)
         return prompt_id
+
+    @rule(prompt_id=consumes(issued))
+    def quarantine(self, prompt_id: int) -> None:
+        self.ledger.quarantine(prompt_id)
+        self.untrained.discard(prompt_id)
+        self.left_out.add(prompt_id)
 
     @rule(prompt_id=consumes(scored))
     def train(self, prompt_id: int) -> None:
@@ -180,7 +245,11 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def the_state_says_where_every_prompt_stands(self) -> None:
         assert self.ledger.state_dict()["scored"] == sorted(self.waiting)
+        assert self.ledger.state_dict()["quarantined"] == sorted(self.left_out)
         assert {i for i in range(self.ledger.next_id) if self.ledger.is_trained(i)} == self.trained
+        ranges = self.ledger.state_dict()["trained"]
+        assert [i for first, last in ranges for i in range(first, last + 1)] == sorted(self.trained)
+        assert self.ledger.past_sampling() == len(self.trained) + len(self.waiting)
 
 
 TestAnyHistory = AnyHistory.TestCase

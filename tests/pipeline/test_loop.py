@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.kl import AdaptiveKL
-from rlhf_ray.errors import CheckpointError, NumericalError, ParityError, RlhfRayError, ScorerError, WorkerDiedError
+from rlhf_ray.errors import (
+    CheckpointError,
+    NoScoreError,
+    NumericalError,
+    ParityError,
+    RlhfRayError,
+    ScorerError,
+    WorkerDiedError,
+)
 from rlhf_ray.pipeline import loop
 from rlhf_ray.pipeline.loop import RunSummary
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
@@ -204,6 +213,80 @@ def test_cancelling_the_run_closes_the_generators(make_run) -> None:
     assert run.generators["generator-0"].closed
 
 
+# Poison
+
+
+def poisoned(name: str) -> FakeGenerator:
+    return FakeGenerator(name, seconds=1.0, poison={2})
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("faults", "cause"),
+    [
+        ({"make_generator": poisoned}, r"prompt 2 \('prompt 2'\) was given to 3 generators and each died; .*"),
+        (
+            {"make_reference": lambda name: FakeReference(name, poison={2}), "scorer": FakeScorer(seconds=1.0)},
+            r"a response to prompt 2 \('prompt 2'\) was given to 3 references and each died; .*",
+        ),
+        (
+            {"scorer": FakeScorer(poison={2}), "make_reference": lambda name: FakeReference(name, seconds=1.0)},
+            r"fake gave nan for prompt 2 \(fault injection\)",
+        ),
+    ],
+    ids=["generator", "reference", "score"],
+)
+def test_a_prompt_that_nobody_can_work_on_is_quarantined_and_a_fresh_one_takes_its_slot(
+    make_run, faults: dict[str, Any], cause: str, bound: int
+) -> None:
+    run = make_run(
+        **faults, max_concurrent=1, learner=FakeLearner(seconds=2.0, max_staleness=bound), ppo={"max_staleness": bound}
+    )
+    summary = run.go()
+    assert sorted(run.trained_ids) == [i for i in range(17) if i != 2]
+    assert (summary.status, summary.lost, summary.trained_twice, summary.quarantined) == ("finished", 0, 0, 1)
+    (row,) = run.quarantine
+    assert re.fullmatch(cause, row["cause"])
+    assert row == {"prompt_id": 2, "prompt": "prompt 2", "cause": row["cause"], "step": 0}
+    assert run.rows[-1]["quarantined"] == 1
+    assert run.pipeline.state_dict()["ledger"]["quarantined"] == [2]
+    if bound == 0:
+        assert sorted(run.learner.batches[0][1]) == [0, 1, 3, 4], "the fresh prompt is one of the same batch"
+
+
+def test_one_prompt_more_than_may_be_quarantined_ends_the_run_with_its_cause(make_run) -> None:
+    run = make_run(scorer=FakeScorer(poison={1, 5, 9}), ppo={"max_quarantined": 2} | SYNCHRONOUS)
+    with pytest.raises(
+        RlhfRayError,
+        match=r"prompt 9 \('prompt 9'\) is quarantined.* number 3 where ppo\.max_quarantined = 2: fake gave nan for "
+        r"prompt 9 .*quarantine\.jsonl.* raise ppo\.max_quarantined",
+    ) as caught:
+        run.go()
+    assert isinstance(caught.value.__cause__, NoScoreError)
+    assert [row["prompt_id"] for row in run.quarantine] == [1, 5, 9]
+    assert all(g.closed for g in run.generators.values())
+
+
+def test_a_scorer_that_cannot_be_reached_is_nobodys_poison(make_run) -> None:
+    run = make_run(scorer=FakeScorer(fail_at=2, poison={0}), ppo=SYNCHRONOUS)
+    with pytest.raises(ScorerError, match="no score for prompt 1") as caught:
+        run.go()
+    assert not isinstance(caught.value, NoScoreError)
+
+
+def test_the_learner_does_not_wait_for_a_response_that_gets_no_score(make_run) -> None:
+    class Late(FakeScorer):
+        async def score(self, rollout: Ref) -> Score:
+            await asyncio.sleep(100.0 if rollout.prompt.prompt_id == 0 else 0.0)
+            return await super().score(rollout)
+
+    run = make_run(scorer=Late(poison={0}), ppo={"steps": 6, "batch_size": 2, "max_staleness": 1})
+    summary = run.go()
+    assert 0 not in run.trained_ids
+    assert summary.seconds == pytest.approx(100.0), "it was due at version 1, and nobody awaits it once it has failed"
+    assert (summary.quarantined, summary.lost, summary.staleness_max <= 1) == (1, 0, True)
+
+
 # Joining and leaving
 
 
@@ -240,7 +323,7 @@ def test_workers_join_and_leave_in_mid_run(make_run) -> None:
     assert all(g.versions[0] > 0 and g.prompt_ids for name, g in run.generators.items() if name != "generator-0")
     fixed = make_run(ppo={"steps": 12})
     fixed.go()
-    assert ledger(run) == ledger(fixed) == {"next_id": 48, "scored": [], "trained": [[0, 47]]}
+    assert ledger(run) == ledger(fixed) == {"next_id": 48, "scored": [], "trained": [[0, 47]], "quarantined": []}
 
 
 def test_without_staleness_a_pool_that_grows_and_shrinks_does_not_change_the_batches(make_run) -> None:
@@ -302,6 +385,7 @@ def test_the_status_shows_the_pools_the_queue_and_where_the_time_goes(make_run) 
     assert occupancy["train"] == pytest.approx(4 / 22.5)
     assert status["generators"]["workers"][0]["in_hand"] == 2
     assert status["references"]["up"] == 1
+    assert status["quarantined"] == {"prompts": 0, "bound": 10}
     json.dumps(status, allow_nan=False)
 
 
@@ -459,7 +543,12 @@ def test_a_resumed_run_that_trains_at_once_on_a_batch_scored_before_issues_no_pr
     second = make_run(learner=FakeLearner(max_staleness=3), ppo={"steps": 8, "max_staleness": 3})
     resume_from(second, checkpoint)
     assert second.go().lost == 0
-    assert second.pipeline.state_dict()["ledger"] == {"next_id": 32, "trained": [[0, 31]], "scored": []}
+    assert second.pipeline.state_dict()["ledger"] == {
+        "next_id": 32,
+        "trained": [[0, 31]],
+        "scored": [],
+        "quarantined": [],
+    }
 
 
 def test_under_a_lower_bound_a_resumed_run_samples_again_what_would_be_too_stale(make_run) -> None:
@@ -490,13 +579,20 @@ def test_killed_and_resumed_again_and_again_a_run_trains_every_prompt_once_withi
     kills = data.draw(st.lists(st.floats(0, 60), max_size=4), label="seconds until each kill")
     slowness = data.draw(st.integers(0, 99), label="seed of the durations")
     writing = data.draw(st.floats(0, 10), label="seconds that a checkpoint takes")
+    deadly = data.draw(st.sets(st.integers(0, 20), max_size=2), label="prompts that kill generators")
+    scoreless = data.draw(st.sets(st.integers(0, 20), max_size=2), label="prompts whose responses get no score")
+    poison = deadly | scoreless
+    expected = [i for i in range(steps * batch + len(poison)) if i not in poison][: steps * batch]
 
     def start(checkpoint: FakeCheckpoint | None) -> Any:
         run = make_run(
-            make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(0, 10, seed=slowness)),
+            make_generator=lambda name: FakeGenerator(
+                name, seconds=uniform_seconds(0, 10, seed=slowness), poison=deadly
+            ),
             count=2,
-            max_concurrent=3,
-            scorer=FakeScorer(seconds=0.5),
+            max_concurrent=1,
+            max_restarts=99,
+            scorer=FakeScorer(seconds=0.5, poison=scoreless),
             learner=FakeLearner(seconds=2.0, max_staleness=bound),
             make_checkpoints=lambda learner: FakeCheckpoints(learner, seconds=writing),
             ppo={"steps": steps, "batch_size": batch, "max_staleness": bound, "checkpoint_every": every},
@@ -523,10 +619,12 @@ def test_killed_and_resumed_again_and_again_a_run_trains_every_prompt_once_withi
             held = {prompt.prompt_id for prompt in newest.scored}
             assert held.isdisjoint(trained)
             assert sorted(held) == newest.state["ledger"]["scored"]
+            assert poison >= set(newest.state["ledger"]["quarantined"])
     last = start(newest)
     summary = last.go()
     trained += last.trained_ids
-    assert (trained if bound == 0 else sorted(trained)) == list(range(steps * batch))
+    assert (trained if bound == 0 else sorted(trained)) == expected
+    assert summary.quarantined == len([i for i in poison if i < expected[-1]])
     if newest is not None:
         held = {prompt.prompt_id for prompt in newest.scored}
         assert held.isdisjoint({i for g in last.generators.values() for i in g.prompt_ids}), "scored once, not again"
@@ -600,6 +698,7 @@ def test_a_row_has_the_learners_metrics_and_the_pipelines(make_run) -> None:
             "skipped": 0,
             "lost": 0,
             "trained_twice": 0,
+            "quarantined": 0,
         }
     )
 

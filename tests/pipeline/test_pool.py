@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_ray.errors import ModelError, RlhfRayError, StalenessError, WorkerDiedError
+from rlhf_ray.errors import ModelError, PromptError, RlhfRayError, StalenessError, WorkerDiedError
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.workers import WorkerState, advance
 from rlhf_ray.testing import FakeGenerator, FakePrompts, FakeReference, simulate, worker_factory
@@ -310,7 +310,7 @@ def test_a_prompt_that_kills_every_worker_is_named() -> None:
     error = failing_in_pool(
         ask, lambda name: FakeGenerator(name, die_at_generate=1), max_restarts=9, max_prompt_tries=2
     )
-    assert type(error) is RlhfRayError
+    assert type(error) is PromptError
     assert "prompt 7 ('prompt 7') was given to 2 generators and each died" in str(error)
     assert isinstance(error.__cause__, WorkerDiedError)
 
@@ -515,7 +515,7 @@ def test_the_work_of_a_dead_reference_is_done_again_by_another() -> None:
         async with asyncio.TaskGroup() as group:
             pool.start(group)
             rollouts = [rollout for i in range(3) for _, rollout in await generator.generate(FakePrompts().prompt(i))]
-            found = await asyncio.gather(*(pool.logprobs(rollout) for rollout in rollouts))
+            found = await asyncio.gather(*(pool.logprobs(rollout.prompt, rollout) for rollout in rollouts))
             for rollout, logprobs in zip(rollouts, found, strict=True):
                 assert logprobs == pytest.approx([x - 0.01 for x in rollout.rollout_logprobs], abs=1e-6)
             assert pool.states() == {"reference-1": WorkerState.READY}
@@ -536,7 +536,7 @@ def test_a_reference_that_always_dies_ends_the_run_with_the_knob_to_turn() -> No
         )
         async with asyncio.TaskGroup() as group:
             pool.start(group)
-            await pool.logprobs(None)
+            await pool.logprobs(FakePrompts().prompt(0), None)
 
     with pytest.raises(BaseExceptionGroup) as caught:
         simulate(play())

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from rlhf_ray.errors import ScorerError, WorkerDiedError
+from rlhf_ray.errors import NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.testing import simulate
@@ -71,6 +71,12 @@ def test_one_that_fails_is_named_and_the_others_are_not_waited_for() -> None:
         simulate(scorer.score("ref"))
     assert caught.value.__cause__ is cause
     assert slow.cancelled
+
+
+def test_a_response_without_a_score_stays_told_from_a_scorer_that_fails() -> None:
+    scorer = WeightedScorer({"a": (1.0, Fixed(a_score(1.0))), "b": (1.0, Fixed(NoScoreError("gave nan")))})
+    with pytest.raises(NoScoreError, match=r"^scorer b: gave nan$"):
+        simulate(scorer.score("ref"))
 
 
 def test_a_dead_process_stays_that() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.errors import ConfigError, ScorerError
+from rlhf_ray.errors import ConfigError, NoScoreError, ScorerError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.roles.function_scorer import FunctionScorer, load_function
 from rlhf_ray.types import Prompt, Rollout, Score
@@ -103,9 +103,18 @@ async def test_rollouts_that_come_in_during_a_call_share_the_next(write: Write, 
 async def test_what_is_no_number_is_no_score(make: Any, given: str) -> None:
     scorer = make(f"def reward(**kwargs):\n    return [{given}]\n")
     with pytest.raises(
-        ScorerError, match=r"rewards_\d+:reward gave .* for prompt 9, which is no score; return a finite"
+        NoScoreError, match=r"rewards_\d+:reward gave .* for prompt 9, which is no score; return a finite"
     ):
         await scorer.score(rollout("x", 9))
+
+
+async def test_one_response_without_a_score_does_not_cost_those_that_shared_its_call_theirs(make: Any) -> None:
+    scorer = make("def reward(completions, **kwargs):\n    return [float(c) for c in completions]\n")
+    good, bad, also_good = await asyncio.gather(
+        *(scorer.score(rollout(t)) for t in ("1", "nan", "2")), return_exceptions=True
+    )
+    assert (good.value, also_good.value) == (1, 2)
+    assert isinstance(bad, NoScoreError)
 
 
 async def test_too_few_rewards_are_refused(make: Any) -> None:

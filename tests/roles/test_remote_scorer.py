@@ -11,7 +11,7 @@ import pytest
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from rlhf_ray.errors import ScorerError
+from rlhf_ray.errors import NoScoreError, ScorerError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.roles.remote_scorer import RemoteScorer, _retry_after
 from rlhf_ray.types import Prompt, Rollout, Score
@@ -230,8 +230,10 @@ async def test_an_answer_without_a_score_is_an_error_and_never_a_number(
 ) -> None:
     service = score_services()
     service.replies = [Response(body)]
-    with pytest.raises(ScorerError, match="answered without one finite score: "):
+    with pytest.raises(ScorerError, match="answered without one finite score: ") as caught:
         await make(service.url).score(rollout())
+    of_this_response = body in [BAD_REPLIES[form] for form in ("not a number", "infinite", "null")]
+    assert type(caught.value) is (NoScoreError if of_this_response else ScorerError)
     assert len(service.asked) == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_ray.data.prompts import encode_prompt
-from rlhf_ray.errors import DataError, ModelError, ScorerError
+from rlhf_ray.errors import DataError, ModelError, NoScoreError, ScorerError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward import ScoreNormalisation, load_reward_model
 from rlhf_ray.roles.reward_trainer import new_reward_model
@@ -130,7 +130,7 @@ def test_nan_is_an_error_and_never_a_score(tmp_path: Path, tiny_model_dir: Path)
     scorer = RewardScorer(folder, precision="float32")
     with torch.no_grad():
         scorer._model.model.embed_tokens.weight[9] = float("nan")
-    with pytest.raises(ScorerError, match=r"broken@\w+ gave nan for 3 tokens; its weights may be broken"):
+    with pytest.raises(NoScoreError, match=r"broken@\w+ gave nan for 3 tokens; its weights may be broken"):
         scorer.score_ids([[5, 9, 2]])
     good, bad = scorer.verdicts([[5, 2], [5, 9, 2]])
     assert isinstance(bad, ScorerError)

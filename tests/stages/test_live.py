@@ -41,6 +41,7 @@ PICTURE = {
         "being_scored": 3,
         "finished": 4,
     },
+    "quarantined": {"prompts": 0, "bound": 10},
     "occupancy": {"generate": 1.0, "score": 0.25, "reference": 0.5, "train": 0.75, "publish": 0.01},
     "generators": GENERATORS,
     "references": REFERENCES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.actors.generator import RayGenerator
 from rlhf_ray.checkpoint import load_checkpoint
 from rlhf_ray.config import RunConfig, load_config
-from rlhf_ray.errors import ConfigError, ModelError, ResourceError, ScorerError
+from rlhf_ray.errors import ConfigError, ModelError, ResourceError, RlhfRayError
 from rlhf_ray.metrics import read_lines
 from rlhf_ray.stages.evaluate_run import run_evaluate
 from rlhf_ray.stages.ppo import run_ppo
@@ -221,7 +222,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "def brevity(completion_ids, **kwargs):\n"
         "    return [-len(ids) / 10 for ids in completion_ids]\n"
         "async def picky(prompts, **kwargs):\n"
-        "    return [None if '7' in prompt else 1.0 for prompt in prompts]\n"
+        "    return [float('nan') if '7' in prompt else 1.0 for prompt in prompts]\n"
     )
     return lambda name, **more: {"kind": "function", "name": name, "function": f"ppo_rewards:{name}", **more}
 
@@ -264,9 +265,26 @@ def test_a_scorer_without_a_score_ends_the_run_with_its_name_and_cause(
     cluster: None, make_config: Any, rewards: Any
 ) -> None:
     scorers = [{"kind": "served", "name": "reward"}, rewards("picky")]
-    config = make_config(name="picky", scorers=scorers, generator={"count": 1}, ppo={"steps": 4, "checkpoint_every": 0})
-    with pytest.raises(ScorerError, match=r"^scorer picky: ppo_rewards:picky gave None for prompt"):
+    ppo = {"steps": 4, "checkpoint_every": 0, "max_quarantined": 0}
+    config = make_config(name="picky", scorers=scorers, generator={"count": 1}, ppo=ppo)
+    cause = r"prompt \d+ \('The train number 7 leaves'\) is quarantined.* scorer picky: ppo_rewards:picky gave nan for"
+    with pytest.raises(RlhfRayError, match=cause):
         run_ppo(config)
     written = json.loads((config.run_dir / "summary.json").read_text())
     assert written["status"] == "failed"
-    assert written["cause"].startswith("ScorerError: scorer picky: ppo_rewards:picky gave None")
+    assert re.match(f"RlhfRayError: {cause}", written["cause"])
+
+
+def test_a_prompt_whose_responses_get_no_score_is_quarantined_and_the_run_goes_on(
+    cluster: None, make_config: Any, rewards: Any
+) -> None:
+    ppo = {"steps": 2, "checkpoint_every": 0}
+    config = make_config(name="poison", scorers=[rewards("picky")], generator={"count": 1}, ppo=ppo)
+    summary = run_ppo(config)
+    assert (summary.status, summary.samples, summary.lost, summary.trained_twice) == ("finished", 2 * BATCH, 0, 0)
+    rows = read_lines(config.run_dir / "quarantine.jsonl")
+    assert len(rows) == summary.quarantined > 0, "two steps see each of the eleven prompts"
+    for row in rows:
+        assert row["prompt"] == "The train number 7 leaves"
+        assert row["cause"].startswith(f"scorer picky: ppo_rewards:picky gave nan for prompt {row['prompt_id']}, ")
+    assert read_lines(config.run_dir / "metrics.jsonl")[-1]["quarantined"] == summary.quarantined
