@@ -74,6 +74,8 @@ class Member(Generic[W]):
     making: asyncio.Future[W] | None = None
     version: int | None = None
     running: int = 0
+    alone: bool = False
+    """The one call that it has is to have no company."""
     done: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)  # it has become stale, or is to leave
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,13 +91,21 @@ class Member(Generic[W]):
     def become(self, to: WorkerState) -> None:
         self.state = advance(self.state, to)
 
-    def start_one(self) -> None:
+    def room(self, *, alone: bool, most: int) -> int:
+        """Further calls that it can be given now, of those that share a worker or of those that are to be alone."""
+        if self.state is not WorkerState.READY or self.alone:
+            return 0
+        return int(self.running == 0) if alone else most - self.running
+
+    def start_one(self, *, alone: bool) -> None:
         self.running += 1
+        self.alone = alone
         self.idle.clear()
 
     def end_one(self) -> None:
         self.running -= 1
         if self.running == 0:
+            self.alone = False
             self.idle.set()
 
 
@@ -139,6 +149,7 @@ class WorkerPool(Generic[W]):
         self._closing = False
         self._restarts = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._suspects: deque[asyncio.Future[None]] = deque()  # wait for a worker of their own, and before all others
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """Begin to bring up the wanted number, all at once; each is asked as soon as it is READY.
@@ -218,6 +229,9 @@ class WorkerPool(Generic[W]):
     async def _call(self, call: Callable[[Member[W], W], Awaitable[R]], hopeless: Callable[[int], str]) -> R:
         """Make a call on the least loaded READY worker; on another one if that dies.
 
+        The calls that a worker had when it died are all suspects. One that has a single try left gets it on a worker
+        of its own, so that no call is given up for what another one did.
+
         Args:
             call: may be made several times.
             hopeless: what to say when so many workers have died on it.
@@ -229,7 +243,8 @@ class WorkerPool(Generic[W]):
         tries = 0
         again = False
         while True:
-            member = await self._seat(first_in_line=again)
+            alone = 0 < tries == self._max_prompt_tries - 1
+            member = await self._seat(first_in_line=again, alone=alone)
             assert member.worker is not None
             try:
                 result = await call(member, member.worker)
@@ -245,36 +260,43 @@ class WorkerPool(Generic[W]):
                 member.end_one()
                 self._call_next()
 
-    async def _seat(self, *, first_in_line: bool) -> Member[W]:
-        """Wait for a READY worker with room and take the place, with nothing happening between the two."""
+    async def _seat(self, *, first_in_line: bool, alone: bool) -> Member[W]:
+        """Wait for a READY worker with room and take the place, with nothing happening between the two.
+
+        While a call waits to be alone no other call begins, so that the workers become free for it.
+        """
+        line = self._suspects if alone else self._waiting
         while True:
-            if (member := self._least_loaded()) is not None:
-                member.start_one()
+            if (alone or not self._suspects) and (member := self._least_loaded(alone=alone)) is not None:
+                member.start_one(alone=alone)
+                if alone:
+                    self._call_next()  # those who waited for it to go first
                 return member
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             if first_in_line:
-                self._waiting.appendleft(turn)
+                line.appendleft(turn)
             else:
-                self._waiting.append(turn)
+                line.append(turn)
             try:
                 await turn
             except asyncio.CancelledError:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-                else:  # it had been called: the place goes to the next in line
-                    self._call_next()
+                if turn in line:
+                    line.remove(turn)
+                self._call_next()  # it had been called, or others were waiting for it to go first
                 raise
             first_in_line = True
 
-    def _least_loaded(self) -> Member[W] | None:
-        free = [m for m in self._members.values() if m.state is WorkerState.READY and m.running < self._max_concurrent]
+    def _least_loaded(self, *, alone: bool) -> Member[W] | None:
+        free = [m for m in self._members.values() if m.room(alone=alone, most=self._max_concurrent)]
         return min(free, key=lambda m: m.running, default=None)
 
     def _call_next(self) -> None:
         """Let as many waiting calls go as there are free places; one that comes too late goes back to the front."""
-        free = sum(self._max_concurrent - m.running for m in self._members.values() if m.state is WorkerState.READY)
-        for _ in range(min(free, len(self._waiting))):
-            turn = self._waiting.popleft()
+        line = self._suspects or self._waiting
+        alone = line is self._suspects
+        free = sum(m.room(alone=alone, most=self._max_concurrent) for m in self._members.values())
+        for _ in range(min(free, len(line))):
+            turn = line.popleft()
             if not turn.done():
                 turn.set_result(None)
 

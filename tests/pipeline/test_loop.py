@@ -254,6 +254,14 @@ def test_a_prompt_that_nobody_can_work_on_is_quarantined_and_a_fresh_one_takes_i
         assert sorted(run.learner.batches[0][1]) == [0, 1, 3, 4], "the fresh prompt is one of the same batch"
 
 
+def test_those_that_shared_a_worker_with_a_deadly_prompt_are_not_quarantined_with_it(make_run) -> None:
+    run = make_run(make_generator=poisoned, max_concurrent=8, ppo={"steps": 3, "batch_size": 8})
+    summary = run.go()
+    assert [row["prompt_id"] for row in run.quarantine] == [2]
+    assert (summary.status, summary.lost) == ("finished", 0)
+    assert sorted(run.trained_ids) == [i for i in range(25) if i != 2]
+
+
 def test_one_prompt_more_than_may_be_quarantined_ends_the_run_with_its_cause(make_run) -> None:
     run = make_run(scorer=FakeScorer(poison={1, 5, 9}), ppo={"max_quarantined": 2} | SYNCHRONOUS)
     with pytest.raises(

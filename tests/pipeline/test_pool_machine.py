@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from rlhf_ray.errors import NodeLostError, PromptError, WorkerDiedError
 from rlhf_ray.pipeline.pool import GeneratorPool
 from rlhf_ray.pipeline.workers import STAYING, WorkerState
 from rlhf_ray.testing import FakeGenerator, FakePrompts, simulation, uniform_seconds, worker_factory
@@ -21,12 +22,20 @@ MAX_CONCURRENT = 2
 class PoolMachine(RuleBasedStateMachine):
     """Time passes only in ``wait`` and in the blink after each rule."""
 
-    @initialize(count=st.integers(1, 3), shrink_to=st.none() | st.integers(1, 2), start_seconds=st.integers(0, 5))
-    def open(self, count: int, shrink_to: int | None, start_seconds: int) -> None:
+    @initialize(
+        count=st.integers(1, 3),
+        shrink_to=st.none() | st.integers(1, 2),
+        start_seconds=st.integers(0, 5),
+        max_prompt_tries=st.sampled_from([1, 2, 3, 1000]),
+    )
+    def open(self, count: int, shrink_to: int | None, start_seconds: int, max_prompt_tries: int) -> None:
+        self.max_prompt_tries = max_prompt_tries
         self.made: dict[str, _Watched] = {}
         self.version = 0
         self.asked: list[asyncio.Task[Any]] = []
         self.in_hands: Counter[int] = Counter()
+        self.deaths: Counter[int] = Counter()
+        """Of workers that had the prompt, lost nodes not counted."""
         self.wanted, self.shrink_to = count, shrink_to
         self.runner = simulation()
         self.pool = GeneratorPool(
@@ -34,7 +43,7 @@ class PoolMachine(RuleBasedStateMachine):
             count=count,
             max_concurrent=MAX_CONCURRENT,
             max_restarts=1000,
-            max_prompt_tries=1000,
+            max_prompt_tries=max_prompt_tries,
             shrink_to=shrink_to,
         )
         self.runner.run(self._open())
@@ -62,7 +71,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3), with_node=st.booleans())
     def kill(self, which: int, with_node: bool) -> None:
-        alive = sorted((self.made[name] for name in self.pool.states() if name in self.made), key=lambda g: -g.running)
+        alive = sorted(
+            (self.made[name] for name in self.pool.states() if name in self.made), key=lambda g: -len(g.running)
+        )
         if which < len(alive):
             self.runner.run(self._do(lambda: alive[which].kill(with_node=with_node)))
 
@@ -123,11 +134,15 @@ class PoolMachine(RuleBasedStateMachine):
 
     async def _finish(self) -> None:
         if self.asked:
-            await asyncio.wait([*self.asked, self.host], timeout=10_000, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(self.asked, timeout=10_000)
         assert all(call.done() for call in self.asked), "whoever asks is answered"
-        outcomes = [call.result() for call in self.asked]
-        assert [receipt.prompt_id for ((receipt, _),) in outcomes] == list(range(len(outcomes)))
-        assert all(self.in_hands[i] == 1 for i in range(len(outcomes)))
+        for prompt_id, call in enumerate(self.asked):
+            given_up = isinstance(call.exception(), PromptError)
+            assert given_up == (self.deaths[prompt_id] == self.max_prompt_tries)
+            assert self.in_hands[prompt_id] == (not given_up)
+            if not given_up:
+                ((receipt, _),) = call.result()
+                assert receipt.prompt_id == prompt_id
         await asyncio.sleep(100)  # whoever was leaving is gone
         assert all(state in STAYING for state in self.pool.states().values())
         self.closing.set()
@@ -142,19 +157,26 @@ class _Watched(FakeGenerator):
     def __init__(self, machine: PoolMachine, name: str, **options: Any) -> None:
         super().__init__(name, **options)
         self._machine = machine
-        self.running = 0
+        self.running: set[int] = set()
         self._killed = False
 
     async def generate(self, prompt):  # type: ignore[no-untyped-def]
         assert self._machine.pool.states()[self.name] is WorkerState.READY
         assert self.version == self._machine.version, "it was given a prompt before it acknowledged the newest version"
         assert not self.closed
-        self.running += 1
-        assert self.running <= MAX_CONCURRENT
+        self.running.add(prompt.prompt_id)
+        assert len(self.running) <= MAX_CONCURRENT
+        last_try = [i for i in self.running if 0 < self._machine.deaths[i] == self._machine.max_prompt_tries - 1]
+        assert not last_try or len(self.running) == 1, "the last try has no company"
         try:
             return await super().generate(prompt)
+        except NodeLostError:
+            raise
+        except WorkerDiedError:
+            self._machine.deaths[prompt.prompt_id] += 1
+            raise
         finally:
-            self.running -= 1
+            self.running.discard(prompt.prompt_id)
 
     def kill(self, *, with_node: bool = False) -> None:
         self._killed = True
