@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlhf_ray.errors import ModelError, PromptError, RlhfRayError, StalenessError, WorkerDiedError
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.workers import WorkerState, advance
-from rlhf_ray.testing import FakeGenerator, FakePrompts, FakeReference, simulate, worker_factory
+from rlhf_ray.testing import FakeGenerator, FakePrompts, FakeReference, simulate, uniform_seconds, worker_factory
 from rlhf_ray.types import Probe, VersionedWeights, WeightAck
 
 Made = dict[str, FakeGenerator]
@@ -313,6 +313,30 @@ def test_a_prompt_that_kills_every_worker_is_named() -> None:
     assert type(error) is PromptError
     assert "prompt 7 ('prompt 7') was given to 2 generators and each died" in str(error)
     assert isinstance(error.__cause__, WorkerDiedError)
+
+
+def test_a_last_try_is_given_a_worker_of_its_own_before_others_begin() -> None:
+    async def ask(pool: GeneratorPool, made: Made) -> None:
+        order: list[int] = []
+
+        async def one(prompt_id: int) -> None:
+            await generate(pool, prompt_id)
+            order.append(prompt_id)
+
+        async with asyncio.TaskGroup() as calls:
+            for prompt_id in range(40):
+                calls.create_task(one(prompt_id))
+            await asyncio.sleep(1)
+            victims = list(made["generator-0"].prompt_ids)
+            made["generator-0"].kill()
+        assert len(victims) == 2
+        assert sorted(order[2:4]) == victims, "after the two that the other worker had"
+
+    def make(name: str) -> FakeGenerator:
+        never = 0.0 if name != "generator-2" else 1e6  # the replacement does not come up in time
+        return FakeGenerator(name, seconds=uniform_seconds(3, 9), update_seconds=never)
+
+    in_pool(ask, make, count=2, max_concurrent=2, max_prompt_tries=2)
 
 
 def test_a_worker_that_cannot_be_made_ends_the_run() -> None:
