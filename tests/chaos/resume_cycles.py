@@ -14,7 +14,6 @@ policy.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -28,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
+from common import COMMAND, newest_ledger, step_of, tiny_models, write_config
 
-from rlhf_ray.checkpoint import latest_checkpoint, load_state, marked_checkpoints
+from rlhf_ray.checkpoint import latest_checkpoint, marked_checkpoints
 from rlhf_ray.config import RunConfig, load_config
 from rlhf_ray.metrics import read_lines, read_summary
 
-COMMAND = Path(sys.executable).parent / "rlhf-ray"
 SECONDS_TO_END = 120.0
 TIMES = ("seconds_", "samples_per_second", "tokens_per_second", "slots_in_use", "generators")
 """How the rows' keys begin that say how long things took and how full the pipeline was."""
@@ -53,7 +51,7 @@ def main() -> int:
     try:
         model, reward = arguments.model, arguments.reward
         if model is None or reward is None:
-            model, reward = _tiny_models(root)
+            model, reward = tiny_models(root)
         steps = arguments.steps or 6 * arguments.cycles + 6
         unbroken, broken = (
             _written_config(root, name, model, reward, steps, arguments.overrides) for name in ("unbroken", "broken")
@@ -71,53 +69,20 @@ def main() -> int:
     return 0 if in_order and exact and not any(kill["processes_left"] for kill in kills) else 1
 
 
-def _tiny_models(root: Path) -> tuple[Path, Path]:
-    """Those of the tests."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
-    conftest.make_tiny_model(root / "model")
-    conftest.make_tiny_reward(root / "reward", root / "model")
-    return root / "model", root / "reward"
-
-
 def _written_config(
     root: Path, name: str, model: Path, reward: Path, steps: int, overrides: Sequence[str]
 ) -> tuple[RunConfig, Path, list[str]]:
     """The run's configuration, its file, and the overrides that go with it."""
-    for prompts, number in (("train", 11), ("held_out", 3)):
-        lines = [json.dumps({"prompt": f"The {prompts} number {i} leaves"}) + "\n" for i in range(number)]
-        (root / f"{prompts}.jsonl").write_text("".join(lines))
-    worker = {"num_cpus": 0.25, "threads": 1}
-    config = {
-        "name": name,
-        "deterministic": True,
-        "output_dir": str(root / "runs"),
-        "model": {"path": str(model)},
-        "prompts": {
-            "path": str(root / "train.jsonl"),
-            "eval_path": str(root / "held_out.jsonl"),
-            "max_tokens": 64,
-        },
-        "sampling": {"max_new_tokens": 12},
-        "serve": {"model": str(reward), "port": 0, "precision": "float32", **worker},
-        "generator": {"kv_cache_gb": 0.02, "dtype": "float32", **worker},
-        "reference": {"precision": "float32", **worker},
-        "learner": {"lr": 1e-3, "precision": "float32", "warmup_steps": 10, **worker},
-        "ppo": {
-            "steps": steps,
-            "batch_size": 8,
-            "minibatches": 2,
-            "max_staleness": 0,
-            "checkpoint_every": 2,
-            "samples_per_step": 8,
-            "kl": {"controller": "adaptive", "target": 0.01, "horizon": 100},
-        },
+    ppo = {
+        "steps": steps,
+        "minibatches": 2,
+        "max_staleness": 0,
+        "checkpoint_every": 2,
+        "samples_per_step": 8,
+        "kl": {"controller": "adaptive", "target": 0.01, "horizon": 100},
     }
-    path = root / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    learner = {"lr": 1e-3, "warmup_steps": 10}
+    path = write_config(root, name, model, reward, top={"deterministic": True}, learner=learner, ppo=ppo)
     return load_config(path, overrides), path, [part for override in overrides for part in ("--set", override)]
 
 
@@ -142,7 +107,7 @@ def _finish(root: Path, run: tuple[RunConfig, Path, list[str]]) -> None:
 
 def _kill_once(root: Path, run: tuple[RunConfig, Path, list[str]], draw: random.Random) -> dict[str, Any]:
     config = run[0]
-    begins = _step_of(latest_checkpoint(config.run_dir / "checkpoints"))
+    begins = step_of(latest_checkpoint(config.run_dir / "checkpoints"))
     at_row = begins + draw.randint(1, 5)
     with _start(root, run) as process:
         while process.poll() is None and _rows(config) < at_row:
@@ -156,7 +121,7 @@ def _kill_once(root: Path, run: tuple[RunConfig, Path, list[str]], draw: random.
     return {
         "began_at_step": begins,
         "killed_after_step": _rows(config),
-        "newest_checkpoint": _step_of(latest_checkpoint(config.run_dir / "checkpoints")),
+        "newest_checkpoint": step_of(latest_checkpoint(config.run_dir / "checkpoints")),
         "finished_before_it_was_killed": process.returncode == 0,
         "processes_left": len(left),
     }
@@ -166,10 +131,6 @@ def _rows(config: RunConfig) -> int:
     """The last step that the run has logged."""
     rows = read_lines(config.run_dir / "metrics.jsonl")
     return int(rows[-1]["step"]) if rows else 0
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _compare(unbroken: tuple[RunConfig, Path, list[str]], broken: tuple[RunConfig, Path, list[str]]) -> dict[str, Any]:
@@ -187,9 +148,7 @@ def _compare(unbroken: tuple[RunConfig, Path, list[str]], broken: tuple[RunConfi
     different += ["number of steps"] if len(rows[0]) != len(rows[1]) else []
     different += ["samples.jsonl"] if samples[0] != samples[1] else []
     different += ["policy"] if [p.read_bytes() for p in weights[0]] != [p.read_bytes() for p in weights[1]] else []
-    checkpoint = latest_checkpoint(folders[1] / "checkpoints")
-    assert checkpoint is not None
-    trained = load_state(checkpoint / "pipeline")["ledger"]["trained"]
+    trained = newest_ledger(folders[1])["trained"]
     summary = read_summary(folders[1])
     return {
         "deterministic": config.deterministic,

@@ -1,0 +1,413 @@
+"""Kill the processes of a PPO run under way, one after another, and check what the run promises.
+
+    python tests/chaos/kills.py [--kills 50] [--seed 0] [--roles generator,driver,...] [--minutes 40] [--elastic]
+
+Real vLLM, Serve and Ray on a tiny model, on a cluster of three nodes that are processes of this machine: a head with
+everything but the generators, and two nodes with one generator each. At random moments one process gets SIGKILL: of a
+generator, a reference, the reward model's replica, Serve's controller, a whole node, the driver (which is then
+resumed). The next one follows after the run is whole again. At the end the run is stopped, resumed, and finished a few
+steps later.
+
+``--elastic`` instead scales a run from 1 generator to 3 and back to 1, and holds its ledger against that of a run with
+a fixed pool.
+
+A JSON summary is printed. The exit code is 1 unless every prompt was trained once, nothing was lost, and the run went
+on after each kill. ``stall`` is the longest time between the ends of two steps from the kill until the run was whole,
+less the median of the run; seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from common import COMMAND, newest_ledger, tiny_models, write_config
+from ray.cluster_utils import Cluster
+
+import rlhf_ray
+from rlhf_ray.checkpoint import latest_checkpoint
+from rlhf_ray.config import load_config
+from rlhf_ray.metrics import read_summary
+
+TITLES = {
+    "generator": "ray::GeneratorWorker",
+    "reference": "ray::ReferenceWorker",
+    "replica": "ray::ServeReplica",
+    "controller": "ray::ServeController",
+    "learner": "ray::LearnerWorker",
+}
+"""How Ray titles the process of a role."""
+
+ROLES = ("generator", "reference", "replica", "controller", "node", "driver")
+
+WHOLE_SECONDS = 300.0
+"""A run that is not whole by then has broken its promise."""
+
+STEPS_TO_END = 5
+FOR_EVER = 10_000_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of roles and of the moments")
+    parser.add_argument(
+        "--roles", default=",".join(ROLES), help=f"of {', '.join({**TITLES, 'node': '', 'driver': ''})}"
+    )
+    parser.add_argument("--minutes", type=float, default=40, help="no kill begins later than this")
+    parser.add_argument("--model", type=Path, help="policy; default: a random one of two layers")
+    parser.add_argument("--reward", type=Path, help="reward model on it")
+    parser.add_argument("--elastic", action="store_true", help="scale from 1 to 3 to 1 instead of killing")
+    arguments = parser.parse_args()
+    roles = arguments.roles.split(",")
+    if unknown := set(roles) - {*TITLES, "node", "driver"}:
+        parser.error(f"--roles has no {', '.join(sorted(unknown))}")
+    root = Path(tempfile.mkdtemp(prefix="r_", dir="/tmp"))  # short, since the path of a Unix socket must be
+    try:
+        models = arguments.model, arguments.reward
+        if None in models:
+            models = tiny_models(root)
+        with Nodes(root, workers=3 if arguments.elastic else 2) as nodes:
+            if arguments.elastic:
+                summary = _elastic(root, nodes, *models)
+            else:
+                summary = _kills(root, nodes, models, arguments.kills, roles, arguments.seed, 60 * arguments.minutes)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    print(json.dumps(summary, indent=2))
+    return 1 if summary["broken"] else 0
+
+
+class Nodes:
+    """A Ray cluster of this script's own: its processes have a temporary folder and ports of their own."""
+
+    def __init__(self, root: Path, *, workers: int) -> None:
+        head = {"num_cpus": 8, "include_dashboard": False, "temp_dir": str(root)}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(workers):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes = [process for node in self._cluster.list_all_nodes() for process in _processes(node)]
+        self._cluster.shutdown()
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def add(self) -> None:
+        """A node that has room for one generator."""
+        self._cluster.add_node(num_cpus=10)
+
+    def of_role(self, role: str) -> list[psutil.Process]:
+        """The role's processes."""
+        return [p for node in self._cluster.list_all_nodes() for p in _processes(node) if _title(p, TITLES[role])]
+
+    def lose_one(self, draw: random.Random) -> None:
+        """End all processes of a node with a generator, as if its machine were gone, and add another node."""
+        nodes = [
+            node
+            for node in self._cluster.worker_nodes
+            if any(_title(p, TITLES["generator"]) for p in _processes(node))
+            and not any(_title(p, TITLES["learner"], TITLES["controller"]) for p in _processes(node))
+        ]
+        node = draw.choice(sorted(nodes, key=lambda node: str(node.node_id)))
+        processes = _processes(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.add()
+
+
+def _processes(node: Any) -> list[psutil.Process]:
+    """The workers of a node, which are its raylet's children."""
+    try:
+        (raylet,) = node.all_processes["raylet"]
+        return list(psutil.Process(raylet.process.pid).children(recursive=True))
+    except (KeyError, psutil.NoSuchProcess):
+        return []
+
+
+def _title(process: psutil.Process, *titles: str) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith(titles)
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
+class Run:
+    """A PPO run as a process of its own, and the times at which its steps ended."""
+
+    def __init__(self, root: Path, nodes: Nodes, path: Path) -> None:
+        self.folder = load_config(path).run_dir
+        self.step_ends: list[tuple[float, int]] = []
+        self.codes: list[int] = []
+        self._root, self._nodes, self._path = root, nodes, path
+        self._over = threading.Event()
+
+    def start(self, *options: str) -> None:
+        env = dict(os.environ) | {"RAY_ADDRESS": self._nodes.address}
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [str(COMMAND), "ppo", "-c", str(self._path), *options],
+                env=env, cwd=self._root, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def end(self, number: int | None = None) -> None:
+        """Wait for the process, after this signal if there is one."""
+        if number is not None:
+            self.process.send_signal(number)
+        try:
+            self.codes.append(self.process.wait(WHOLE_SECONDS))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise Broken(f"the run did not end:\n{self.last_words()}") from None
+
+    def status(self) -> dict[str, Any]:
+        """Empty before there is one."""
+        with contextlib.suppress(rlhf_ray.RlhfRayError):
+            return rlhf_ray.status(self.folder)
+        return {}
+
+    def wait_for(self, what: Callable[[dict[str, Any]], bool]) -> None:
+        end = time.monotonic() + WHOLE_SECONDS
+        while not what(now := self.status()):
+            if self.process.poll() is not None:
+                raise Broken(f"the run ended with code {self.process.returncode}:\n{self.last_words()}")
+            if time.monotonic() > end:
+                raise Broken(f"not whole after {WHOLE_SECONDS:.0f} s: {now}\n{self.last_words()}")
+            time.sleep(0.1)
+
+    def last_words(self) -> str:
+        return self._log.read_text()[-6000:]
+
+    @property
+    def _log(self) -> Path:
+        return self._root / f"{self._path.stem}.log"
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note when steps end, for the block, at the end of which the process is gone."""
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+    def _watch(self) -> None:
+        path, seen = self.folder / "metrics.jsonl", None
+        while not self._over.wait(0.01):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if (stat := path.stat()) and seen != (seen := (stat.st_ino, stat.st_size)):
+                    with path.open("rb") as file:
+                        file.seek(max(0, stat.st_size - 20_000))
+                        step = int(json.loads(file.read().splitlines()[-1])["step"])
+                    if not self.step_ends or step != self.step_ends[-1][1]:
+                        self.step_ends.append((time.time(), step))
+
+
+class Broken(Exception):
+    """The run has not kept a promise."""
+
+
+def _kills(
+    root: Path, nodes: Nodes, models: tuple[Path, Path], number: int, roles: list[str], seed: int, seconds: float
+) -> dict[str, Any]:
+    path = _config(root, "killed", *models, generators=2)
+    run, draw, kills, broken = Run(root, nodes, path), random.Random(seed), [], None
+    order = [roles[i % len(roles)] for i in range(number)]
+    draw.shuffle(order)
+    ends = time.monotonic() + seconds
+    run.start()
+    with run.watched():
+        try:
+            run.wait_for(lambda now: _is_whole(now) and now["step"] > 0)
+            for role in order:
+                if time.monotonic() > ends:
+                    break
+                time.sleep(draw.uniform(1, 6))
+                kills.append(_kill(run, nodes, role, draw))
+                print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
+            steps = _finish(run)
+        except Broken as error:
+            broken, steps = str(error), None
+    return _kill_summary(run, kills, number, steps, broken)
+
+
+def _config(root: Path, name: str, *models: Path, generators: int, steps: int = FOR_EVER) -> Path:
+    return write_config(
+        root, name, *models,
+        top={},
+        generator={"count": generators, "num_cpus": 9, "max_restarts": 1000},
+        reference={"count": 1, "max_restarts": 1000},
+        learner={"lr": 1e-4},
+        ppo={"steps": steps, "checkpoint_every": 20, "max_prompt_tries": 10},
+    )  # fmt: skip
+
+
+def _kill(run: Run, nodes: Nodes, role: str, draw: random.Random) -> dict[str, Any]:
+    before = run.status()
+    old = [] if role in ("node", "driver") else nodes.of_role(role)
+    killed = {"role": role, "step": before["step"], "at": time.time()}
+    if role == "driver":
+        run.end(signal.SIGKILL)
+        run.codes.pop()
+        has_checkpoint = latest_checkpoint(run.folder / "checkpoints")
+        run.start("--resume" if has_checkpoint else "--overwrite")
+    elif role == "node":
+        nodes.lose_one(draw)
+    else:
+        draw.choice(sorted(old, key=lambda process: process.pid)).kill()
+    appeared: list[float] = []
+
+    def whole(now: dict[str, Any]) -> bool:
+        """A status that was written after the role had its processes again."""
+        if role in TITLES and not appeared:
+            there = set(nodes.of_role(role))
+            if len(there) >= len(old) and there - set(old):
+                appeared.append(time.time())
+            return False
+        after = appeared[0] if appeared else killed["at"]
+        return _is_whole(now) and now["at"] > after and _is_replaced(role, before, now)
+
+    run.wait_for(whole)
+    return killed | {"seconds": time.time() - killed["at"]}
+
+
+def _is_whole(now: dict[str, Any]) -> bool:
+    pools = [now[pool] for pool in ("generators", "references") if now.get(pool)]
+    return (
+        now.get("running", False)
+        and len(pools) == 2
+        and all(pool["up"] == pool["wanted"] == len(pool["workers"]) for pool in pools)
+        and now["replicas"] == {"RUNNING": 1}
+    )
+
+
+def _is_replaced(role: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether this status tells of a new worker where one was killed."""
+    if role == "driver":
+        return bool(now["at"] > before["at"])
+    pool = {"generator": "generators", "node": "generators", "reference": "references"}.get(role)
+    if pool is None:
+        return True
+    return {w["name"] for w in now[pool]["workers"]} != {w["name"] for w in before[pool]["workers"]}
+
+
+def _finish(run: Run) -> int:
+    """Stop the run as by Ctrl-C, and have it finish a few steps later; returns its steps."""
+    run.end(signal.SIGINT)
+    steps = run.status()["step"] + STEPS_TO_END
+    run.start("--resume", "--set", f"ppo.steps={steps}")
+    run.end()
+    return int(steps)
+
+
+def _promises(run: Run, steps: int) -> dict[str, Any]:
+    summary, ledger = read_summary(run.folder), newest_ledger(run.folder)
+    batch = load_config(run.folder / "config.yaml").ppo.prompts_per_step
+    return {
+        "steps": steps,
+        "status": summary["status"],
+        "lost": summary.get("lost"),
+        "trained_twice": summary.get("trained_twice"),
+        "every_prompt_trained_once": ledger["trained"] == [[0, steps * batch - 1]],
+        "exit_codes": run.codes,
+    }
+
+
+def _is_kept(promises: dict[str, Any]) -> bool:
+    return (
+        promises["status"] == "finished"
+        and promises["lost"] == promises["trained_twice"] == 0
+        and promises["every_prompt_trained_once"]
+        and promises["exit_codes"][-1] == 0
+    )
+
+
+def _kill_summary(
+    run: Run, kills: list[dict[str, Any]], number: int, steps: int | None, broken: str | None
+) -> dict[str, Any]:
+    times = [at for at, _ in run.step_ends]
+    intervals = list(itertools.pairwise(times))
+    median = statistics.median(end - begin for begin, end in intervals) if intervals else 0.0
+    by_role: dict[str, Any] = {}
+    for kill in kills:
+        whole = kill["at"] + kill["seconds"]
+        longest = max((end - begin for begin, end in intervals if end > kill["at"] and begin < whole), default=0.0)
+        kill["stall"] = longest - median
+    for role in sorted({kill["role"] for kill in kills}):
+        of_role = [kill for kill in kills if kill["role"] == role]
+        by_role[role] = {"kills": len(of_role)} | {
+            f"{what}_{name}": round(of([kill[what] for kill in of_role]), 2)
+            for what in ("seconds", "stall")
+            for name, of in (("median", statistics.median), ("worst", max))
+        }
+    summary = {"asked": number, "made": len(kills), "seconds_between_steps": median, "roles": by_role, "kills": kills}
+    promises = _promises(run, steps) if steps is not None else {}
+    return summary | promises | {"broken": broken or (None if _is_kept(promises) else "see above")}
+
+
+def _elastic(root: Path, nodes: Nodes, *models: Path) -> dict[str, Any]:
+    scaled = Run(root, nodes, _config(root, "scaled", *models, generators=1))
+    scaled.start()
+    with scaled.watched():
+        scaled.wait_for(lambda now: _is_whole(now) and now["step"] > 0)
+        at_steps = []
+        for generators in (3, 1):
+            subprocess.run([str(COMMAND), "scale", str(scaled.folder), "--generators", str(generators)], check=True,
+                           stdout=sys.stderr)  # fmt: skip
+            scaled.wait_for(
+                lambda now, n=generators: now["generators"]["wanted"] == n and _is_whole(now) and _all_worked(now)
+            )
+            at_steps.append(scaled.status()["step"])
+        steps = _finish(scaled)
+    fixed = Run(root, nodes, _config(root, "fixed", *models, generators=1, steps=steps))
+    fixed.start()
+    with fixed.watched():
+        fixed.end()
+    same = newest_ledger(scaled.folder) == newest_ledger(fixed.folder)
+    promises = [_promises(run, steps) for run in (scaled, fixed)]
+    return {
+        "whole_at_steps": at_steps,
+        "scaled": promises[0],
+        "fixed": promises[1],
+        "same_ledger": same,
+        "broken": None if same and all(map(_is_kept, promises)) else "see above",
+    }
+
+
+def _all_worked(now: dict[str, Any]) -> bool:
+    return all(worker["done"] for worker in now["generators"]["workers"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
