@@ -9,7 +9,7 @@ REQUIREMENTS := deployments/requirements-cpu.txt deployments/requirements-dev.tx
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' deployments/requirements-cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-fast demo bench clean
+.PHONY: help setup check test test-fast demo bench chaos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ bench: setup ## PPO beside TRL, the learner alone, the reward service beside its
 	$(BIN)/python tests/bench/learner.py
 	$(BIN)/python tests/bench/ppo_throughput.py --trl
 	$(BIN)/python tests/bench/reward_service.py
+
+chaos: setup ## kill a PPO run's processes at random, scale it, kill and resume it; see that it keeps its promises
+	$(BIN)/python tests/chaos/kills.py
+	$(BIN)/python tests/chaos/kills.py --elastic
+	$(BIN)/python tests/chaos/resume_cycles.py
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

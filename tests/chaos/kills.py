@@ -4,9 +4,9 @@
 
 Real vLLM, Serve and Ray on a tiny model, on a cluster of three nodes that are processes of this machine: a head with
 everything but the generators, and two nodes with one generator each. At random moments one process gets SIGKILL: of a
-generator, a reference, the reward model's replica, Serve's controller, a whole node, the driver (which is then
-resumed). The next one follows after the run is whole again. At the end the run is stopped, resumed, and finished a few
-steps later.
+generator, a reference, the reward model's replica, Serve's controller, the learner, a whole node, the driver (which is
+then resumed). The next one follows after the run is whole again. At the end the run is stopped, resumed, and finished
+a few steps later.
 
 ``--elastic`` instead scales a run from 1 generator to 3 and back to 1, and holds its ledger against that of a run with
 a fixed pool.
@@ -54,7 +54,7 @@ TITLES = {
 }
 """How Ray titles the process of a role."""
 
-ROLES = ("generator", "reference", "replica", "controller", "node", "driver")
+ROLES = (*TITLES, "node", "driver")
 
 WHOLE_SECONDS = 300.0
 """A run that is not whole by then has broken its promise."""
@@ -66,17 +66,15 @@ FOR_EVER = 10_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of roles and of the moments")
-    parser.add_argument(
-        "--roles", default=",".join(ROLES), help=f"of {', '.join({**TITLES, 'node': '', 'driver': ''})}"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the roles and of the moments")
+    parser.add_argument("--roles", default=",".join(ROLES), help="which to kill, in turn; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=40, help="no kill begins later than this")
     parser.add_argument("--model", type=Path, help="policy; default: a random one of two layers")
     parser.add_argument("--reward", type=Path, help="reward model on it")
     parser.add_argument("--elastic", action="store_true", help="scale from 1 to 3 to 1 instead of killing")
     arguments = parser.parse_args()
     roles = arguments.roles.split(",")
-    if unknown := set(roles) - {*TITLES, "node", "driver"}:
+    if unknown := set(roles) - set(ROLES):
         parser.error(f"--roles has no {', '.join(sorted(unknown))}")
     root = Path(tempfile.mkdtemp(prefix="r_", dir="/tmp"))  # short, since the path of a Unix socket must be
     try:
@@ -162,7 +160,8 @@ class Run:
     """A PPO run as a process of its own, and the times at which its steps ended."""
 
     def __init__(self, root: Path, nodes: Nodes, path: Path) -> None:
-        self.folder = load_config(path).run_dir
+        config = load_config(path)
+        self.folder, self.prompts_per_step = config.run_dir, config.ppo.prompts_per_step
         self.step_ends: list[tuple[float, int]] = []
         self.codes: list[int] = []
         self._root, self._nodes, self._path = root, nodes, path
@@ -268,7 +267,7 @@ def _config(root: Path, name: str, *models: Path, generators: int, steps: int = 
         top={},
         generator={"count": generators, "num_cpus": 9, "max_restarts": 1000},
         reference={"count": 1, "max_restarts": 1000},
-        learner={"lr": 1e-4},
+        learner={"lr": 1e-4, "max_restarts": 1000},
         ppo={"steps": steps, "checkpoint_every": 20, "max_prompt_tries": 10},
     )  # fmt: skip
 
@@ -324,6 +323,8 @@ def _is_replaced(role: str, before: dict[str, Any], now: dict[str, Any]) -> bool
 
 def _finish(run: Run) -> int:
     """Stop the run as by Ctrl-C, and have it finish a few steps later; returns its steps."""
+    whole_at = run.status()["step"]
+    run.wait_for(lambda now: now["step"] > whole_at + 1)  # the stop must not count as the last kill's stall
     run.end(signal.SIGINT)
     steps = run.status()["step"] + STEPS_TO_END
     run.start("--resume", "--set", f"ppo.steps={steps}")
@@ -333,13 +334,12 @@ def _finish(run: Run) -> int:
 
 def _promises(run: Run, steps: int) -> dict[str, Any]:
     summary, ledger = read_summary(run.folder), newest_ledger(run.folder)
-    batch = load_config(run.folder / "config.yaml").ppo.prompts_per_step
     return {
         "steps": steps,
         "status": summary["status"],
         "lost": summary.get("lost"),
         "trained_twice": summary.get("trained_twice"),
-        "every_prompt_trained_once": ledger["trained"] == [[0, steps * batch - 1]],
+        "every_prompt_trained_once": ledger["trained"] == [[0, steps * run.prompts_per_step - 1]],
         "exit_codes": run.codes,
     }
 
