@@ -102,7 +102,10 @@ class PoolSection(Section):
         "as nodes go. Default: as many as count or `rlhf-ray scale` say.",
     )
     max_restarts: int = Field(
-        3, ge=0, description="Replacements of dead workers before the run ends with the cause; lost nodes do not count."
+        3,
+        ge=0,
+        description="Replacements of dead workers before the run ends with the cause; lost nodes do not count, nor "
+        "deaths on prompts that are quarantined.",
     )
 
     @property

@@ -118,7 +118,7 @@ class WorkerPool(Generic[W]):
         count: workers to begin with.
         max_concurrent: most calls that one worker has at once.
         max_restarts: replacements of dead workers before the run ends with the cause. Workers that went with their node
-            do not count.
+            do not count, nor those that died of a call that was then given up.
         max_prompt_tries: workers that may die on one call before it is given up; again without lost nodes.
         shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
     """
@@ -254,6 +254,7 @@ class WorkerPool(Generic[W]):
                 self._bury(member, error)
                 tries += not isinstance(error, NodeLostError)
                 if tries == self._max_prompt_tries:
+                    self._restarts = max(0, self._restarts - tries)  # this call is the cause, and is not made again
                     raise PromptError(hopeless(tries)) from error
                 again = True
             finally:

@@ -262,6 +262,23 @@ def test_those_that_shared_a_worker_with_a_deadly_prompt_are_not_quarantined_wit
     assert sorted(run.trained_ids) == [i for i in range(25) if i != 2]
 
 
+def test_the_deaths_of_a_quarantined_prompt_do_not_use_up_the_restarts(make_run) -> None:
+    poison = {2, 9, 16, 23}
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, poison=poison),
+        max_restarts=3,
+        max_prompt_tries=3,
+        ppo={"steps": 8},
+    )
+    summary = run.go()
+    assert (summary.status, summary.quarantined) == ("finished", 4)
+    assert len(run.generators) == 1 + 4 * 3
+    with pytest.raises(WorkerDiedError, match=r"generator\.max_restarts = 2"):
+        make_run(
+            make_generator=lambda name: FakeGenerator(name, poison=poison), max_restarts=2, max_prompt_tries=3
+        ).go()
+
+
 def test_one_prompt_more_than_may_be_quarantined_ends_the_run_with_its_cause(make_run) -> None:
     run = make_run(scorer=FakeScorer(poison={1, 5, 9}), ppo={"max_quarantined": 2} | SYNCHRONOUS)
     with pytest.raises(
@@ -273,6 +290,27 @@ def test_one_prompt_more_than_may_be_quarantined_ends_the_run_with_its_cause(mak
     assert isinstance(caught.value.__cause__, NoScoreError)
     assert [row["prompt_id"] for row in run.quarantine] == [1, 5, 9]
     assert all(g.closed for g in run.generators.values())
+
+
+def test_a_quarantined_prompt_leaves_nothing_behind_in_the_queue_and_the_stages(make_run) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def look(run: Any, row: dict[str, float]) -> None:
+        seen.append(run.pipeline.status())
+
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=1.0, poison={1}),
+        scorer=FakeScorer(seconds=1.0, poison={2}),
+        learner=FakeLearner(seconds=1000.0),
+        after_step=look,
+        ppo=SYNCHRONOUS,
+    )
+    run.go()
+    assert [status["quarantined"]["prompts"] for status in seen] == [2, 2, 2, 2]
+    stages = ("waiting_for_a_generator", "being_generated", "being_scored", "finished")
+    assert [seen[-1]["queue"][stage] for stage in stages] == [0, 0, 0, 0]
+    assert seen[-1]["occupancy"]["generate"] == seen[-1]["occupancy"]["score"] == 0
+    assert run.pipeline.state_dict()["tally"]["rollouts"] == {}
 
 
 def test_a_scorer_that_cannot_be_reached_is_nobodys_poison(make_run) -> None:
