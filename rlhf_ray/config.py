@@ -803,18 +803,44 @@ def _not_deterministic(config: RunConfig) -> Iterator[str]:
 def _contradictions(config: RunConfig) -> Iterator[str]:
     """Values that are each fine and together cannot work: one sentence each, naming them as ``key = value``."""
     kl = config.ppo.kl
+    if config.deterministic:
+        yield from _not_deterministic(config)
+    if (kl.loss == "none") != (kl.loss_coef == 0):
+        yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
+    if kl.controller == "adaptive" and kl.coef == 0:
+        yield "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05"
+    yield from _learner_contradictions(config)
+    yield from _gpu_contradictions(config)
+    yield from _pool_contradictions(config)
+    if kl.controller == "adaptive" and kl.horizon <= 0.2 * config.ppo.batch_size:
+        yield (
+            f"ppo.kl.horizon = {kl.horizon} is too short for ppo.batch_size = {config.ppo.batch_size}: one step could "
+            "turn the coefficient negative; raise it above a fifth of the batch, such as 10000"
+        )
+    longest = config.prompts.max_tokens + config.sampling.max_new_tokens + 1  # the EOS that a cut response is given
+    if config.reward.max_length < longest:
+        yield (
+            f"reward.max_length = {config.reward.max_length} is shorter than prompts.max_tokens = "
+            f"{config.prompts.max_tokens}, sampling.max_new_tokens = {config.sampling.max_new_tokens} and EOS "
+            f"together; raise it to {longest} or more"
+        )
+    if config.prompts.path == config.prompts.eval_path:
+        yield f"prompts.eval_path = {config.prompts.path} is the training file; evaluation needs other prompts"
+    judge, scorers = config.evaluate.judge, [scorer.name for scorer in config.scorers]
+    if judge != "vader" and ":" not in judge and judge not in scorers:
+        yield (
+            f"evaluate.judge = {judge} is neither vader, nor module:name of a Python function, nor one of the run's "
+            f"scorers ({', '.join(scorers)})"
+        )
+
+
+def _learner_contradictions(config: RunConfig) -> Iterator[str]:
     ranks, rows = config.learner.ranks, config.ppo.batch_size // config.ppo.minibatches
     if rows % ranks:
         yield (
             f"learner.ranks = {ranks} does not divide an optimiser step's responses, of {config.ppo.batch_table}; "
             f"choose ranks from {[d for d in range(1, rows + 1) if rows % d == 0]}"
         )
-    if config.deterministic:
-        yield from _not_deterministic(config)
-    gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
-    all_gpus = gpus | {s: getattr(config, s).num_gpus for s in ("sft", "dpo")}
-    if (kl.loss == "none") != (kl.loss_coef == 0):
-        yield f"ppo.kl.loss = {kl.loss} contradicts ppo.kl.loss_coef = {kl.loss_coef:g}; set both or neither"
     if config.ppo.estimator != "gae":
         defaults = LearnerConfig()
         for key in ("value_lr", "critic", "critic_path", "critic_warmup_steps"):
@@ -838,8 +864,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"learner.critic_path = {config.learner.critic_path} is read for learner.critic = model only; "
             "set that, or drop the path"
         )
-    if kl.controller == "adaptive" and kl.coef == 0:
-        yield "ppo.kl.coef = 0 stays 0 under ppo.kl.controller = adaptive, which scales it; start above 0, such as 0.05"
+    if not all(0 <= beta < 1 for beta in config.learner.betas):
+        yield f"learner.betas = {list(config.learner.betas)} must each be at least 0 and below 1"
+
+
+def _gpu_contradictions(config: RunConfig) -> Iterator[str]:
+    gpus = {s: getattr(config, s).num_gpus for s in ("generator", "reference", "learner", "serve", "reward")}
+    all_gpus = gpus | {s: getattr(config, s).num_gpus for s in ("sft", "dpo")}
     if config.device == "cpu" and any(all_gpus.values()):
         section = next(s for s, n in all_gpus.items() if n)
         yield f"device = cpu, but {section}.num_gpus = {all_gpus[section]:g}; use device = auto, or ask for no GPUs"
@@ -849,40 +880,18 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     for section, number in all_gpus.items():
         if number > 1 and number != int(number):
             yield f"{section}.num_gpus = {number:g} is no whole number; above 1 Ray gives out whole GPUs only"
+    ranks = config.learner.ranks
     if ranks > 1 and config.learner.num_gpus not in (0, 1):
         yield (
             f"learner.num_gpus = {config.learner.num_gpus:g} and learner.ranks = {ranks}: each of several has one "
             "GPU to itself, or none; set num_gpus to 1 or 0"
         )
-    yield from _pool_contradictions(config)
     parallel = config.generator.tensor_parallel_size
     if parallel > 1 and config.generator.num_gpus != parallel:
         yield (
             f"generator.tensor_parallel_size = {parallel} needs as many GPUs for each engine, "
             f"but generator.num_gpus = {config.generator.num_gpus:g}"
         )
-    if kl.controller == "adaptive" and kl.horizon <= 0.2 * config.ppo.batch_size:
-        yield (
-            f"ppo.kl.horizon = {kl.horizon} is too short for ppo.batch_size = {config.ppo.batch_size}: one step could "
-            "turn the coefficient negative; raise it above a fifth of the batch, such as 10000"
-        )
-    longest = config.prompts.max_tokens + config.sampling.max_new_tokens + 1  # the EOS that a cut response is given
-    if config.reward.max_length < longest:
-        yield (
-            f"reward.max_length = {config.reward.max_length} is shorter than prompts.max_tokens = "
-            f"{config.prompts.max_tokens}, sampling.max_new_tokens = {config.sampling.max_new_tokens} and EOS "
-            f"together; raise it to {longest} or more"
-        )
-    if config.prompts.path == config.prompts.eval_path:
-        yield f"prompts.eval_path = {config.prompts.path} is the training file; evaluation needs other prompts"
-    judge, scorers = config.evaluate.judge, [scorer.name for scorer in config.scorers]
-    if judge != "vader" and ":" not in judge and judge not in scorers:
-        yield (
-            f"evaluate.judge = {judge} is neither vader, nor module:name of a Python function, nor one of the run's "
-            f"scorers ({', '.join(scorers)})"
-        )
-    if not all(0 <= beta < 1 for beta in config.learner.betas):
-        yield f"learner.betas = {list(config.learner.betas)} must each be at least 0 and below 1"
 
 
 def _pool_contradictions(config: RunConfig) -> Iterator[str]:
