@@ -248,6 +248,11 @@ def node_is_gone(node_id: str) -> bool:
         return True
 
 
+def job_is_alive(job_id: str) -> bool:
+    """Whether the driver of a job of this cluster still runs."""
+    return any(job["JobID"] == job_id and not job["IsDead"] for job in ray._private.state.jobs())
+
+
 def room_for(need: Need) -> int:
     """How many more workers of a kind the nodes have room for at this moment."""
     free = ray._private.state.available_resources_per_node()  # the public call adds all nodes up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -122,6 +123,29 @@ def make_tiny_reward(folder: Path, model: Path) -> None:
     tokenizer.save_pretrained(folder)
     RewardSettings(prompt_format="chat").save(folder)
     ScoreNormalisation(mean=0.5, std=2.0).save(folder)
+
+
+@pytest.fixture
+def tiny_run(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """What ``make_tiny_run`` makes of a name."""
+    return lambda name: make_tiny_run(tmp_path, tiny_model_dir, name=name)
+
+
+def make_tiny_run(root: Path, model: Path, *, name: str) -> dict[str, Any]:
+    """What the configuration of a run below ``root`` begins with; writes its few prompts there too."""
+    for prompts, number in (("train", 11), ("held_out", 3)):
+        lines = [json.dumps({"prompt": f"The {prompts} number {i} leaves"}) + "\n" for i in range(number)]
+        (root / f"{prompts}.jsonl").write_text("".join(lines))
+    return {
+        "name": name,
+        "output_dir": str(root / "runs"),
+        "model": {"path": str(model)},
+        "prompts": {
+            "path": str(root / "train.jsonl"),
+            "eval_path": str(root / "held_out.jsonl"),
+            "max_tokens": 64,
+        },
+    }
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,19 +22,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.serve, pytest.mark.
 
 
 def test_ctrl_c_writes_a_checkpoint_and_leaves_no_process(
-    tiny_model_dir: Path, tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path: Path
+    tiny_run: Callable[[str], dict[str, Any]], tiny_reward_dir: Path, ray_temp_dir: Path, tmp_path: Path
 ) -> None:
-    for name in ("train", "held_out"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(4)))
-    config = {
-        "name": "stopped",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"path": str(tiny_model_dir)},
-        "prompts": {
-            "path": str(tmp_path / "train.jsonl"),
-            "eval_path": str(tmp_path / "held_out.jsonl"),
-            "max_tokens": 64,
-        },
+    config = tiny_run("stopped") | {
         "sampling": {"max_new_tokens": 8},
         "serve": {"model": str(tiny_reward_dir), "port": 0, "num_cpus": 0.25, "threads": 1},
         "generator": {"num_cpus": 0.25, "kv_cache_gb": 0.02, "threads": 1},

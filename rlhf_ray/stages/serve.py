@@ -24,7 +24,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from rlhf_ray.cluster import WAIT_NOTICE_SECONDS, Need, check_resources, connected
+from rlhf_ray.cluster import WAIT_NOTICE_SECONDS, Need, check_resources, connected, job_is_alive
 from rlhf_ray.config import Device, RunConfig, ServeConfig, ServedModelConfig
 from rlhf_ray.errors import ConfigError, ScorerError
 from rlhf_ray.metrics import read_json, write_json
@@ -112,13 +112,19 @@ def served_reward(config: RunConfig, model_folder: Path) -> Iterator[ServedRewar
 
 @contextlib.contextmanager
 def sole_owner(run_dir: Path, name: str) -> Iterator[None]:
-    """The run in this folder owns the application for the block, and leaves a note of it there.
+    """This process owns the application for the block, and leaves a note of it in the run's folder.
 
     A process that was killed leaves the note, and on a cluster that outlives it the application too: whoever goes on
-    with the run finds both, and deletes the application first.
+    with the run finds both, and deletes the application first. While the one that left it lives, nothing is touched:
+    the name is taken.
     """
-    note, mine = run_dir / SERVICE_FILE, {"name": name, "cluster": ray.get_runtime_context().get_session_name()}
-    if read_json(note) == mine:
+    note, context = run_dir / SERVICE_FILE, ray.get_runtime_context()
+    mine = {"name": name, "cluster": context.get_session_name(), "job": context.get_job_id()}
+    left = read_json(note)
+    if left.get("name") == name and left.get("cluster") == mine["cluster"]:
+        if job_is_alive(left["job"]):
+            yield
+            return
         log.warning("the reward service %s is left from this run's last process, which was killed; deleting it", name)
         stop_service(name)
     note.parent.mkdir(parents=True, exist_ok=True)

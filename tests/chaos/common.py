@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -16,13 +16,18 @@ from rlhf_ray.checkpoint import latest_checkpoint, load_state
 COMMAND = Path(sys.executable).parent / "rlhf-ray"
 
 
-def tiny_models(root: Path) -> tuple[Path, Path]:
-    """A policy and a reward model on it: those of the tests."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "conftest.py")
+def _conftest() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("conftest_of_tests", Path(__file__).parents[1] / "conftest.py")
     assert spec is not None
     assert spec.loader is not None
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_models(root: Path) -> tuple[Path, Path]:
+    """A policy and a reward model on it: those of the tests."""
+    conftest = _conftest()
     conftest.make_tiny_model(root / "model")
     conftest.make_tiny_reward(root / "reward", root / "model")
     return root / "model", root / "reward"
@@ -37,19 +42,9 @@ def write_config(
         top: keys outside of sections.
         sections: keys that a section has besides, or instead of, those of here.
     """
-    for prompts, number in (("train", 11), ("held_out", 3)):
-        lines = [json.dumps({"prompt": f"The {prompts} number {i} leaves"}) + "\n" for i in range(number)]
-        (root / f"{prompts}.jsonl").write_text("".join(lines))
     worker = {"num_cpus": 0.25, "threads": 1}
     config: dict[str, Any] = {
-        "name": name,
-        "output_dir": str(root / "runs"),
-        "model": {"path": str(model)},
-        "prompts": {
-            "path": str(root / "train.jsonl"),
-            "eval_path": str(root / "held_out.jsonl"),
-            "max_tokens": 64,
-        },
+        **_conftest().make_tiny_run(root, model, name=name),
         "sampling": {"max_new_tokens": 12},
         "serve": {"model": str(reward), "port": 0, "precision": "float32", **worker},
         "generator": {"kv_cache_gb": 0.02, "dtype": "float32", **worker},

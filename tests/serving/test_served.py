@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.config import AutoscalingConfig
 
 from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.cluster import job_is_alive
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ConfigError, ResourceError, ScorerError
 from rlhf_ray.roles.scorer import RewardScorer
@@ -209,12 +211,34 @@ async def test_a_replica_is_added_under_load_and_goes_when_it_is_over(
 def test_a_run_takes_over_the_service_that_its_killed_process_has_left(
     cluster: None, served: ServedReward, tiny_reward_dir: Path, tmp_path: Path
 ) -> None:
-    killed = sole_owner(tmp_path, "left")
-    killed.__enter__()
-    left = start_service(a_config(name="left"), model_folder=tiny_reward_dir)
-    with sole_owner(tmp_path / "another run", "left"), pytest.raises(ConfigError, match=r"serve.name = left is an app"):
-        start_service(a_config(name="left"), model_folder=tiny_reward_dir)
-    assert httpx.get(f"{left.url}/readyz").status_code == 200
+    config = a_config(name="left").model_dump_json()
+    owner = (
+        "import os, ray, signal, sys; from pathlib import Path; from rlhf_ray.config import RunConfig\n"
+        "from rlhf_ray.stages.serve import sole_owner, start_service\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False)\n"
+        "with sole_owner(Path(sys.argv[2]), 'left'):\n"
+        "    served = start_service(RunConfig.model_validate_json(sys.argv[3]), model_folder=Path(sys.argv[4]))\n"
+        "    print(served.url, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner, address, str(tmp_path), config, str(tiny_reward_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    for folder in (tmp_path, tmp_path / "another run"):  # of one that lives, nothing is taken
+        with sole_owner(folder, "left"), pytest.raises(ConfigError, match=r"serve.name = left is an application"):
+            start_service(a_config(name="left"), model_folder=tiny_reward_dir)
+    assert httpx.get(f"{url}/readyz").status_code == 200
+    process.kill()
+    process.communicate()
+    job = json.loads((tmp_path / "control" / "service.json").read_text())["job"]
+    while job_is_alive(job):
+        time.sleep(0.1)
     with sole_owner(tmp_path, "left"), served_reward(a_config(name="left"), tiny_reward_dir) as mine:
         assert httpx.get(f"{mine.url}/readyz").status_code == 200
     assert "left" not in serve.status().applications
@@ -289,6 +313,7 @@ def test_serving_until_ctrl_c_prints_how_to_call_it_and_leaves_no_process(
 ) -> None:
     program = f"""
 from pathlib import Path
+from rlhf_ray.cluster import job_is_alive
 from rlhf_ray.config import RunConfig
 from rlhf_ray.stages.serve import serve_forever
 config = RunConfig.model_validate({a_config().model_dump(mode="json")!r})
