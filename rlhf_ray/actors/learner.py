@@ -126,11 +126,9 @@ class RayLearner:
         )
 
     def ready_refs(self) -> dict[str, Any]:
-        """Refs that resolve when the ranks are up, by name."""
-        if len(self._actors) == 1:
-            return {"learner": self._actors[0].ready.remote(None)}
-        store = self._actors[0].open_store.remote()
-        return {f"learner-{rank}": actor.ready.remote(store) for rank, actor in enumerate(self._actors)}
+        """By name, what returns when that rank is up, and raises ``LearnerDiedError`` when it has died."""
+        store = self._actors[0].open_store.remote() if len(self._actors) > 1 else None
+        return {f"learner-{rank}": _up(rank, actor.ready.remote(store)) for rank, actor in enumerate(self._actors)}
 
     async def train_step(self, batch: Sequence[ExperienceRefs], *, kl_coef: float) -> StepReport:
         scores = [e.score.value for e in batch]
@@ -184,6 +182,13 @@ class RayLearner:
         if isinstance(cause, DEATHS):
             raise LearnerDiedError(f"rank {rank} of the learner died: {cause}") from cause
         raise cause
+
+
+async def _up(rank: int, ref: Any) -> None:
+    try:
+        await ref
+    except DEATHS as error:
+        raise LearnerDiedError(f"rank {rank} of the learner died while it started: {error}") from error
 
 
 async def _settled(ref: Any) -> Any:

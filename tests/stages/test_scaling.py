@@ -33,26 +33,18 @@ PATIENCE_SECONDS = 240
 
 
 @pytest.fixture
-def make_config(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+def make_config(
+    tiny_run: Callable[[str], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunConfig]:
     """A run that goes on until it is stopped, scored by a function."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scaling_rewards.py").write_text(
         "def brevity(completion_ids, **kwargs):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("train", "held_out"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "The {name} {i} leaves"}}\n' for i in range(5)))
 
     def make(**sections: dict[str, Any]) -> RunConfig:
-        base: dict[str, Any] = {
-            "name": "scaled",
-            "output_dir": str(tmp_path / "runs"),
-            "model": {"path": str(tiny_model_dir)},
-            "prompts": {
-                "path": str(tmp_path / "train.jsonl"),
-                "eval_path": str(tmp_path / "held_out.jsonl"),
-                "max_tokens": 64,
-            },
+        base = tiny_run("scaled") | {
             "sampling": {"max_new_tokens": 8},
             "scorers": [{"kind": "function", "name": "brevity", "function": "scaling_rewards:brevity"}],
             "generator": {"num_cpus": 1, "kv_cache_gb": 0.02, "max_num_seqs": 1, "threads": 1, "dtype": "float32"},
@@ -201,8 +193,9 @@ def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
 
 
 def kill_a_rank() -> None:
-    """SIGKILL to one of the learner's processes."""
-    ranks = [p for p in psutil.Process().children(recursive=True) if "LearnerWorker" in p.name()]
+    """SIGKILL to one of the learner's processes, as soon as there is one."""
+    while not (ranks := [p for p in psutil.Process().children(recursive=True) if "LearnerWorker" in p.name()]):
+        time.sleep(0.1)
     ranks[-1].send_signal(signal.SIGKILL)
 
 
@@ -240,3 +233,14 @@ def test_a_learner_that_dies_again_and_again_ends_the_run_with_the_cause(
     with pytest.raises(LearnerDiedError, match=r"(?s)rank 0 of the learner died.*learner\.max_restarts = 0"):
         run_ppo(config, on_step=kill_once)
     assert read_summary(config.run_dir)["status"] == "failed"
+
+
+def test_a_learner_that_dies_while_it_starts_is_told_as_such(
+    cluster: None, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config(learner={"max_restarts": 0})
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_a_rank)
+        with pytest.raises(LearnerDiedError, match=r"(?s)rank 0 of the learner died while it started.*max_restarts"):
+            run_ppo(config)
+        killing.result()
