@@ -132,7 +132,7 @@ class Ledger:
         return {"next_id": self.next_id, "trained": ranges, "scored": scored, "quarantined": quarantined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, which holds what was scored. In one of before the quarantine nothing is in it."""
+        """Go on from a checkpoint, which holds what was scored."""
         self.next_id, self._floor, self._above, self._quarantined = state["next_id"], 0, set(), set()
         for first, last in state["trained"]:
             if not 0 <= first <= last < self.next_id:
@@ -141,7 +141,7 @@ class Ledger:
         self._open = {i: "issued" for i in range(self._floor, self.next_id) if i not in self._above}
         for prompt_id in state["scored"]:
             self.scored(prompt_id)
-        for prompt_id in state.get("quarantined", ()):
+        for prompt_id in state["quarantined"]:
             self.quarantine(prompt_id)
 
     def _settle(self, prompt_ids: Iterable[int]) -> None:

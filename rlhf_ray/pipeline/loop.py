@@ -119,9 +119,8 @@ class Pipeline:
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
         self._restored: Sequence[ScoredPrompt] = ()
         self._stopping = False
-        self._stages: dict[
-            int, str
-        ] = {}  # of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer
+        # Of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer.
+        self._stages: dict[int, str] = {}
         self._rollouts: set[asyncio.Task[None]] = set()
         self._ids = self._due()
 
@@ -413,7 +412,7 @@ class Pipeline:
 
 def quarantined(state: Mapping[str, Any]) -> frozenset[int]:
     """Ids of the prompts that a pipeline of this ``state_dict`` holds in quarantine."""
-    return frozenset(state["ledger"].get("quarantined", ()))
+    return frozenset(state["ledger"]["quarantined"])
 
 
 def _now() -> float:

@@ -1,8 +1,8 @@
 """The asynchronous PPO loop put together on a Ray cluster: who is started, with what, and what is left on disk.
 
 prepare ─► check ─► reward model served ─► learner, references, scorers, generators ─► Pipeline.run ─► export
-                                                     ▲      a rank of the learner died: from the      │
-                                                     └────────────── newest checkpoint ◄──────────────┘
+                                           ▲     a rank of the learner died: again from     │
+                                           └──────────── the newest checkpoint ◄────────────┘
 """
 
 from __future__ import annotations

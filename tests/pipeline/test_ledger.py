@@ -149,12 +149,6 @@ def test_the_ranges_of_what_is_trained_leave_the_quarantined_out() -> None:
     }
 
 
-def test_a_state_of_before_the_quarantine_is_read() -> None:
-    ledger = Ledger()
-    ledger.load_state_dict({"next_id": 4, "trained": [[0, 1]], "scored": [2]})
-    assert (ledger.quarantined, ledger.unfinished(), ledger.past_sampling()) == (0, [3], 3)
-
-
 def test_a_prompt_whose_responses_cannot_be_used_any_more_is_sampled_again() -> None:
     ledger = scored_ledger(0, 1)
     ledger.unscored(1)
