@@ -12,15 +12,16 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError
 
+from rlhf_ray.actors.pulse import PULSE_GROUP, PulsingWorker
 from rlhf_ray.config import SPIN_COUNT, RunConfig, TrainerConfig
-from rlhf_ray.errors import NodeLostError, ResourceError, WorkerDiedError
+from rlhf_ray.errors import ResourceError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
 
@@ -169,69 +170,9 @@ def start_actor(
     options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
     if concurrency:
         options["max_concurrency"] = concurrency
-    return ray.remote(cls).options(runtime_env={"env_vars": worker_env(threads)}, **options).remote(*args, **kwargs)
-
-
-class Place(NamedTuple):
-    """Where an actor runs."""
-
-    node_id: str
-    address: str
-
-
-def place() -> Place:
-    """Where this process runs."""
-    return Place(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
-
-
-class ActorClient:
-    """What the clients of a pool's actors have in common: where the actor is, and why it is gone."""
-
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name = name
-        self.node = ""
-        self._actor = actor
-        self._place: Place | None = None
-
-    @property
-    def is_placed(self) -> bool:
-        """The process was seen running."""
-        return self._place is not None
-
-    async def placed(self) -> None:
-        """Wait until the actor's process runs somewhere."""
-        if self._place is None:
-            self._place = await self._alive(self._actor.place.remote())
-        self.node = f"{self._place.address}/{self._place.node_id[:8]}"
-
-    def ready_ref(self) -> Any:
-        """Ref that resolves when the actor has loaded what it needs."""
-        return self._actor.ready.remote()
-
-    async def ready(self) -> None:
-        """Wait until the actor has loaded what it needs."""
-        await self.placed()
-        await self._alive(self.ready_ref())
-
-    async def close(self) -> None:
-        """End the actor, placed or not."""
-        self.kill()
-
-    def kill(self) -> None:
-        """End the process at once."""
-        ray.kill(self._actor)
-
-    async def _alive(self, ref: Any) -> Any:
-        """The result of a call.
-
-        Raises:
-            WorkerDiedError: the actor is gone; ``NodeLostError`` if its node is.
-        """
-        try:
-            return await ref
-        except DEATHS as error:
-            lost = self._place is not None and await asyncio.to_thread(node_is_gone, self._place.node_id)
-            raise (NodeLostError if lost else WorkerDiedError)(f"{self.name} died: {error}") from error
+    if issubclass(cls, PulsingWorker):
+        options["concurrency_groups"] = {PULSE_GROUP: 1}
+    return ray.remote(runtime_env={"env_vars": worker_env(threads)}, **options)(cls).remote(*args, **kwargs)
 
 
 def node_is_gone(node_id: str) -> bool:

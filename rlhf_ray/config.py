@@ -669,6 +669,12 @@ class RunConfig(Section):
         "two runs of ppo, or one that was killed and resumed, give the same numbers on the same machine. Synchronous "
         "and on CPUs only. A generator then samples one response at a time, several times slower.",
     )
+    hang_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="A generator or a reference of ppo that has work (or loads its model) and makes no progress for so "
+        "long, or does not answer, is taken for dead: its stacks are logged, and it is ended and replaced. Seconds.",
+    )
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()

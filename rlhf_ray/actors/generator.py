@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_ray.actors.client import ActorClient
+from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.actors.weights import unpack_weights
-from rlhf_ray.cluster import ActorClient, Place, place, start_actor
+from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.prompts import sampling_seed
 from rlhf_ray.errors import ConfigError, WorkerDiedError
@@ -28,10 +30,11 @@ PROBE_ROOM = 192
 """Tokens that an engine must at least hold, so that the parity probe (``PROBE_TOKENS`` of the learner) fits."""
 
 
-class GeneratorWorker:
+class GeneratorWorker(PulsingWorker):
     """Runs one ``VLLMGenerator`` in a thread of its own; every method is awaited from the actor's event loop."""
 
     def __init__(self, name: str, engine_options: Mapping[str, Any]) -> None:
+        super().__init__()
         self._name = name
         self._inbox: queue.Queue[Callable[[Any], None] | None] = queue.Queue()
         self._rollouts: dict[int, asyncio.Future[Rollout]] = {}
@@ -40,13 +43,9 @@ class GeneratorWorker:
         self._thread = threading.Thread(target=self._run, args=(dict(engine_options),), name="engine", daemon=True)
         self._thread.start()
 
-    async def place(self) -> Place:
-        """Answers as soon as the process runs."""
-        return place()
-
     async def ready(self) -> str:
         """Returns the name once the engine has loaded its model and warmed up."""
-        await self._call(lambda engine: None)
+        await self._call(lambda engine: None, "loading")
         return self._name
 
     async def generate(self, prompt: Prompt) -> tuple[Any, ...]:
@@ -69,9 +68,9 @@ class GeneratorWorker:
         """Load the weights between two engine steps and check them on the probe."""
         began = time.monotonic()
         weights = unpack_weights(packed)
-        await self._call(lambda engine: engine.load_weights(weights, version))
+        await self._call(lambda engine: engine.load_weights(weights, version), "updating weights")
         loaded = time.monotonic() - began
-        mine = np.asarray(await self._call(lambda engine: engine.logprobs(probe.token_ids)))
+        mine = np.asarray(await self._call(lambda engine: engine.logprobs(probe.token_ids), "reading the probe"))
         gap = float(np.abs(mine - np.asarray(probe.logprobs)).max())
         return WeightAck(generator=self._name, version=version, seconds=loaded, parity_max=gap)
 
@@ -80,21 +79,22 @@ class GeneratorWorker:
         from rlhf_ray.models.loading import load_policy_model
 
         weights = load_policy_model(folder).state_dict()
-        await self._call(lambda engine: engine.load_weights(weights, version))
+        await self._call(lambda engine: engine.load_weights(weights, version), "updating weights")
 
     async def close(self) -> None:
         """Stop the engine; rollouts under way are dropped."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def _call(self, work: Callable[[Any], Any]) -> Any:
+    async def _call(self, work: Callable[[Any], Any], phase: str) -> Any:
         """Run ``work(engine)`` in the engine thread between two steps and await its result."""
         loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
 
         def run(engine: Any) -> None:
             try:
-                result = work(engine)
+                with self._working(phase):
+                    result = work(engine)
             except Exception as error:  # noqa: BLE001 (whoever asked gets the cause)
                 loop.call_soon_threadsafe(_fail, future, error)
             else:
@@ -116,9 +116,10 @@ class GeneratorWorker:
     def _run(self, engine_options: dict[str, Any]) -> None:
         """The engine thread: only it touches the engine."""
         try:
-            from rlhf_ray.roles.vllm_generator import VLLMGenerator
+            with self._working("loading"):
+                from rlhf_ray.roles.vllm_generator import VLLMGenerator
 
-            engine = VLLMGenerator(**engine_options)
+                engine = VLLMGenerator(**engine_options)
         except BaseException as error:  # noqa: BLE001 (an engine that cannot start fails every time: callers get the cause)
             cause = " ".join(str(error).split())[:500]
             self._end(
@@ -130,7 +131,9 @@ class GeneratorWorker:
             return
         try:
             while self._apply_inbox(engine):
-                for rollout in engine.step():
+                with self._working("sampling"):
+                    finished = engine.step()
+                for rollout in finished:
                     self._hand_out(rollout)
             engine.shutdown()
             self._end(WorkerDiedError(f"{self._name} was closed"))
@@ -241,7 +244,7 @@ class RayGenerator(ActorClient):
             threads=section.threads if threads is None else threads,
             concurrency=section.max_num_seqs + 8,
         )
-        return cls(name, actor)
+        return cls(name, actor, hang_timeout_s=config.hang_timeout_s)
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         receipts, *rollouts = self._actor.generate.options(num_returns=1 + prompt.completions).remote(prompt)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_ray.cluster import ActorClient, Place, place, start_actor
+from rlhf_ray.actors.client import ActorClient
+from rlhf_ray.actors.pulse import PulsingWorker
+from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.pipeline.shared_calls import SharedCalls
 from rlhf_ray.types import Ref, Rollout
@@ -17,24 +19,22 @@ if TYPE_CHECKING:
     from rlhf_ray.roles.reference import ReferenceModel
 
 
-class ReferenceWorker:
+class ReferenceWorker(PulsingWorker):
     """Runs one ``ReferenceModel``; the forward is in a thread, so the actor keeps answering."""
 
     def __init__(self, model_options: Mapping[str, Any]) -> None:
+        super().__init__()
         self._options = dict(model_options)
         self._model: ReferenceModel | None = None
         self._calls = SharedCalls(self._forward)
 
-    async def place(self) -> Place:
-        """Answers as soon as the process runs."""
-        return place()
-
     async def ready(self) -> None:
         """Loads the model, once. Not in the constructor: an error there would reach the driver as a mere death."""
         if self._model is None:
-            from rlhf_ray.roles.reference import ReferenceModel
+            with self._working("loading"):
+                from rlhf_ray.roles.reference import ReferenceModel
 
-            self._model = await asyncio.to_thread(ReferenceModel, **self._options)
+                self._model = await asyncio.to_thread(ReferenceModel, **self._options)
 
     async def logprobs(self, rollout: Rollout) -> tuple[bool, np.ndarray]:
         """(True, [T] float32 log-probabilities of the response): the driver opens the first and leaves the second."""
@@ -42,7 +42,8 @@ class ReferenceWorker:
 
     async def _forward(self, rollouts: Sequence[Rollout]) -> Sequence[np.ndarray]:
         assert self._model is not None, "ready() comes first"
-        return await asyncio.to_thread(self._model.logprobs, rollouts)
+        with self._working("reading"):
+            return await asyncio.to_thread(self._model.logprobs, rollouts)
 
 
 def reference_options(config: RunConfig, model_folder: str) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class ReferenceActor(ActorClient):
             threads=section.threads,
             concurrency=CONCURRENT_CALLS,
         )
-        return cls(name, actor)
+        return cls(name, actor, hang_timeout_s=config.hang_timeout_s)
 
     async def logprobs(self, rollout: Ref) -> Ref:
         done, logprobs = self._actor.logprobs.options(num_returns=2).remote(rollout)

@@ -255,7 +255,7 @@ class WorkerPool(Generic[W]):
                 tries += not isinstance(error, NodeLostError)
                 if tries == self._max_prompt_tries:
                     self._restarts = max(0, self._restarts - tries)  # this call is the cause, and is not made again
-                    raise PromptError(hopeless(tries)) from error
+                    raise PromptError(f"{hopeless(tries)}: {error}") from error
                 again = True
             finally:
                 member.end_one()
@@ -368,8 +368,8 @@ class WorkerPool(Generic[W]):
         counts = not leaving and not node_lost
         if counts and self._restarts >= self._max_restarts:
             raise WorkerDiedError(
-                f"{member.name} died ({error}) and {self.kind}.max_restarts = {self._max_restarts} replacements are "
-                f"used up; mend the cause, or raise {self.kind}.max_restarts"
+                f"{member.name} died and {self.kind}.max_restarts = {self._max_restarts} replacements are used up; "
+                f"mend the cause, or raise {self.kind}.max_restarts: {error}"
             ) from error
         self._restarts += counts
         fate = f"replacing it ({self._restarts} of {self._max_restarts})"

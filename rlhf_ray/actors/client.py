@@ -1,0 +1,139 @@
+"""The driver's side of a pool's actor: where it is, whether it still gets on with its work, and why it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import ray
+
+from rlhf_ray.actors.evidence import Evidence, gather_evidence
+from rlhf_ray.actors.pulse import Place, Pulse
+from rlhf_ray.cluster import DEATHS, node_is_gone
+from rlhf_ray.errors import NodeLostError, WorkerDiedError
+
+log = logging.getLogger("rlhf_ray.cluster")
+
+PULSE_SECONDS = 2.0
+"""How often a worker is asked how it is doing."""
+
+
+class ActorClient:
+    """What the clients of a pool's actors have in common. The actor is a ``PulsingWorker``.
+
+    From the moment it is placed it is watched: one that has work and makes no progress for ``hang_timeout_s``, or does
+    not answer for so long, is ended, and every call under way raises ``WorkerDiedError``.
+    """
+
+    def __init__(self, name: str, actor: Any, *, hang_timeout_s: float) -> None:
+        self.name = name
+        self.node = ""
+        self._actor = actor
+        self._hang_timeout_s = hang_timeout_s
+        self._place: Place | None = None
+        self._pulse: Pulse | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._verdict: asyncio.Task[WorkerDiedError] | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """The process was seen running."""
+        return self._place is not None
+
+    async def placed(self) -> None:
+        """Wait until the actor's process runs somewhere."""
+        if self._place is None:
+            self._place = await self._alive(self._actor.place.remote())
+            self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
+        self.node = f"{self._place.address}/{self._place.node_id[:8]}"
+
+    def ready_ref(self) -> Any:
+        """Ref that resolves when the actor has loaded what it needs."""
+        return self._actor.ready.remote()
+
+    async def ready(self) -> None:
+        """Wait until the actor has loaded what it needs."""
+        await self.placed()
+        await self._alive(self.ready_ref())
+
+    async def close(self) -> None:
+        """End the actor, placed or not."""
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        if self._watching is not None:
+            self._watching.cancel()
+        ray.kill(self._actor)
+
+    async def _alive(self, ref: Any) -> Any:
+        """The result of a call.
+
+        Raises:
+            WorkerDiedError: the actor is gone, or hung and was ended; ``NodeLostError`` if its node is gone.
+        """
+        answer = asyncio.wrap_future(ref.future())
+        try:
+            if self._watching is not None:
+                await asyncio.wait({answer, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done() and self._verdict is not None:
+                    raise await asyncio.shield(self._verdict)
+            return await answer
+        except DEATHS as error:
+            cause = " ".join(str(error).split())[:300]
+            raise await asyncio.shield(self._judge("died", cause)) from error
+        finally:
+            answer.cancel()
+
+    async def _watch(self) -> None:
+        """Returns when the worker has died or hangs, with ``_verdict`` set."""
+        moved = time.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(self._hang_timeout_s):
+                    pulse = await self._actor.pulse.remote()
+            except TimeoutError:
+                self._judge("hung", f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)")
+                return
+            except DEATHS as error:
+                self._judge("died", " ".join(str(error).split())[:300])
+                return
+            before, self._pulse = self._pulse, pulse
+            if before is None or not pulse.busy or pulse.progress != before.progress:
+                moved = time.monotonic()
+            elif time.monotonic() - moved > self._hang_timeout_s:
+                self._judge("hung", f"no progress for {self._hang_timeout_s:g} s (hang_timeout_s)")
+                return
+            await asyncio.sleep(min(PULSE_SECONDS, self._hang_timeout_s / 4))
+
+    def _judge(self, fate: str, cause: str) -> asyncio.Task[WorkerDiedError]:
+        """Find out what became of the worker, once; whoever waits for it is told the same."""
+        if self._verdict is None:
+            self._verdict = asyncio.create_task(self._find_out(fate, cause), name=f"what became of {self.name}")
+        return self._verdict
+
+    async def _find_out(self, fate: str, cause: str) -> WorkerDiedError:
+        if self._place is None:
+            return WorkerDiedError(f"{self.name} died: {cause}")
+        if await asyncio.to_thread(node_is_gone, self._place.node_id):
+            return NodeLostError(f"{self.name} died{self._last_seen()}: its node is gone, and its log with it; {cause}")
+        hung = fate == "hung"
+        found = await gather_evidence(self._place, hung=hung)
+        if hung:
+            log.warning("%s hung; its stacks: %s", self.name, found.stacks or "none, the process does not run")
+        return WorkerDiedError(f"{self.name} {fate}{self._last_seen()}: {cause}{_told(found)}")
+
+    def _last_seen(self) -> str:
+        if self._pulse is None:
+            return ""
+        doing = f"while {self._pulse.phase}" if self._pulse.busy else "while it had nothing to do"
+        return f" {doing} (peak memory {self._pulse.peak_bytes / 1e9:.2f} GB)"
+
+
+def _told(found: Evidence) -> str:
+    """The evidence as the end of a message."""
+    shortage = f"; {found.shortage}" if found.shortage else ""
+    lines = "".join(f"\n  {line}" for line in found.log)
+    return shortage + (f"; its log ends:{lines}" if lines else "; its log is empty")
