@@ -121,7 +121,7 @@ def cluster(ray_temp_dir: Path) -> Iterator[None]:
     ray.shutdown()
 
 
-def test_a_run_is_scaled_by_command_and_its_killed_reference_is_replaced(
+def test_a_run_is_scaled_by_command_and_its_killed_or_stopped_reference_is_replaced(
     cluster: None, make_config: Callable[..., RunConfig]
 ) -> None:
     def work(operator: Operator) -> None:
@@ -138,10 +138,12 @@ def test_a_run_is_scaled_by_command_and_its_killed_reference_is_replaced(
         alone = operator.wait_for(lambda now: len(now["generators"]["workers"]) == 1)
         assert alone["generators"]["restarts"] == 0
 
-        (reference,) = (p for p in psutil.Process().children(recursive=True) if "ReferenceWorker" in p.name())
-        reference.send_signal(signal.SIGKILL)
-        replaced = operator.wait_for(lambda now: "reference-1" in up(now, "references"))
-        assert replaced["references"]["restarts"] == 1
+        for restarts, end in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+            (reference,) = (p for p in psutil.Process().children(recursive=True) if "ReferenceWorker" in p.name())
+            reference.send_signal(end)
+            replaced = operator.wait_for(lambda now, n=restarts: f"reference-{n}" in up(now, "references"))
+            assert replaced["references"]["restarts"] == restarts
+            reference.wait(PATIENCE_SECONDS)
 
         for arguments, refusal in (
             (("--generators", "0"), "generators = 0 is below 1"),
@@ -157,7 +159,7 @@ def test_a_run_is_scaled_by_command_and_its_killed_reference_is_replaced(
         assert printed["staleness"]["bound"] == 1
         assert 0 < printed["occupancy"]["generate"] <= 1
 
-    config = make_config(reference={"max": 1})
+    config = make_config(reference={"max": 1}).model_copy(update={"hang_timeout_s": 90.0})
     summary = operated(config, work)
     assert summary.status == "interrupted"
     assert (summary.lost, summary.trained_twice) == (0, 0)
