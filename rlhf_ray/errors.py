@@ -12,6 +12,7 @@
     ├── PromptError (RuntimeError)   no worker can work on this prompt: it is quarantined, and the run goes on
     ├── ScorerError (RuntimeError)   a score could not be had
     │   └── NoScoreError (PromptError) a scorer gave no finite number for this response
+    ├── HangError (RuntimeError)     the loop stands still, and no worker is at work
     ├── CheckpointError (OSError)    a checkpoint could not be written
     └── WorkerDiedError (RuntimeError) a worker process is gone
         ├── NodeLostError        it went with its node
@@ -69,6 +70,10 @@ class PromptError(RlhfRayError, RuntimeError):
 
 class NoScoreError(ScorerError, PromptError):
     """A scorer works, and what it gave for this response is no finite number."""
+
+
+class HangError(RlhfRayError, RuntimeError):
+    """A stage of the loop makes no progress; the log has its state and stacks."""
 
 
 class CheckpointError(RlhfRayError, OSError):

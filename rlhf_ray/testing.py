@@ -16,7 +16,7 @@ Example: two generators, one of which dies on the third prompt that it is given:
     pipeline = Pipeline(
         prompts=FakePrompts(), pool=pool, references=references, scorer=FakeScorer(), learner=learner,
         controller=FixedKL(0.05), config=PPOConfig(steps=5, batch_size=4), parity_tolerance=1e-3,
-        on_step=lambda metrics, samples: None,
+        hang_timeout_s=600, on_step=lambda metrics, samples: None,
     )
     summary = simulate(pipeline.run())
     assert summary.lost == 0 and len(learner.batches) == 5

@@ -17,7 +17,7 @@
 One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Workers of
 both pools may join, leave and die meanwhile. Refs pass through unopened. Exactly as many prompts are issued as the
 steps need, and one more for each that is quarantined. The first task that fails ends all others, and ``run`` raises its
-error.
+error; one more task, the watchdog, fails when nothing moves any more.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from rlhf_ray.pipeline.ledger import Ledger
 from rlhf_ray.pipeline.occupancy import Occupancy
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary, Tally
+from rlhf_ray.pipeline.watchdog import Watchdog
 from rlhf_ray.pipeline.weight_sync import WeightSync
 from rlhf_ray.pipeline.workers import WorkerState
 from rlhf_ray.types import ExperienceRefs, Prompt, Ref, ScoredPrompt
@@ -75,6 +76,7 @@ class Pipeline:
     Args:
         references: None where the learner is the reference too.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
+        hang_timeout_s: the run ends when nothing moves for so long and no worker is at work (``watchdog.py``).
         on_step: is given each step's metrics and the learner's sample rows.
         on_quarantine: is given a row for each prompt that is quarantined: ``prompt_id``, ``prompt``, ``cause`` and the
             ``step``s taken before.
@@ -96,6 +98,7 @@ class Pipeline:
         controller: KLController,
         config: PPOConfig,
         parity_tolerance: float,
+        hang_timeout_s: float,
         on_step: Callable[[dict[str, float], Sequence[Mapping[str, Any]]], None],
         on_quarantine: Callable[[Mapping[str, Any]], None] = lambda row: None,
         checkpoints: Checkpoints | None = None,
@@ -114,6 +117,10 @@ class Pipeline:
         self._ledger = Ledger()
         self._tally = Tally()
         self._occupancy = Occupancy(_now)
+        pools = (pool,) if references is None else (pool, references)
+        self._watchdog = Watchdog(
+            self._occupancy, pools, timeout_s=hang_timeout_s, now=_now, state=lambda: self.status()
+        )
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
@@ -141,9 +148,10 @@ class Pipeline:
                 if self._references is not None:
                     self._references.start(tasks)
                 feeder = tasks.create_task(self._feed(tasks), name="feeder")
+                watchdog = tasks.create_task(self._watchdog.watch(), name="watchdog")
                 await self._learn()
                 self._ledger.close(in_flight=[*self._stages, *self._buffer.finished_ids()])
-                for task in (feeder, *self._rollouts):
+                for task in (feeder, watchdog, *self._rollouts):
                     task.cancel()
                 await self._close_pools()
         except BaseExceptionGroup as group:
@@ -305,7 +313,8 @@ class Pipeline:
             return
         await self._end_save(wait=True)
         began = _now()
-        await self._checkpoints.begin(self._step, self.state_dict(), self._buffer.finished())
+        with self._occupancy.busy("checkpoint"):
+            await self._checkpoints.begin(self._step, self.state_dict(), self._buffer.finished())
         self._saved_step = self._step
         self._tally.learner_stage("checkpoint", _now() - began)
 
@@ -320,7 +329,8 @@ class Pipeline:
             return
         began = _now()
         try:
-            await self._checkpoints.end(wait=wait)
+            with self._occupancy.busy("checkpoint"):
+                await self._checkpoints.end(wait=wait)
         except CheckpointError as error:
             if last:
                 raise

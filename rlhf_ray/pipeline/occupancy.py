@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-STAGES = ("generate", "score", "reference", "train", "publish")
+STAGES = ("generate", "score", "reference", "train", "publish", "checkpoint")
 
 WINDOW_SECONDS = 60.0
 
@@ -29,11 +29,14 @@ class Occupancy:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._began: float | None = None
+        self.moved = 0.0
+        """When a call of any stage began or ended last."""
         self._stages = {stage: _Stage() for stage in STAGES}
 
     def enter(self, stage: str) -> None:
         """A call of ``stage`` begins."""
         now, at = self._now(), self._stages[stage]
+        self.moved = now
         self._began = now if self._began is None else self._began
         at.since = at.since if at.under_way else now
         at.under_way += 1
@@ -41,6 +44,7 @@ class Occupancy:
     def leave(self, stage: str) -> None:
         """A call of ``stage`` is over."""
         now, at = self._now(), self._stages[stage]
+        self.moved = now
         at.under_way -= 1
         if not at.under_way:
             at.ended.append((at.since, now))
@@ -55,6 +59,10 @@ class Occupancy:
             yield
         finally:
             self.leave(stage)
+
+    def under_way(self) -> dict[str, int]:
+        """Calls under way of each stage that has some."""
+        return {name: stage.under_way for name, stage in self._stages.items() if stage.under_way}
 
     def shares(self) -> dict[str, float]:
         """Stage → share of the last ``WINDOW_SECONDS``, 0 to 1; of the time since the first call where that is less."""

@@ -260,6 +260,7 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
             controller=kl_controller(kl.controller, coef=kl.coef, target=kl.target, horizon=kl.horizon),
             config=config.ppo,
             parity_tolerance=parity_tolerance(config),
+            hang_timeout_s=config.hang_timeout_s,
             on_step=record,
             on_quarantine=writer.quarantine,
             checkpoints=checkpoints,

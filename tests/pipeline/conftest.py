@@ -41,6 +41,7 @@ class Run:
     learner: FakeLearner = field(default_factory=FakeLearner)
     controller: Any = field(default_factory=lambda: FixedKL(0.05))
     parity_tolerance: float = 1e-3
+    hang_timeout_s: float = 600.0
     make_checkpoints: Callable[[FakeLearner], FakeCheckpoints] = FakeCheckpoints
     after_step: Callable[[Run, dict[str, float]], None] = lambda run, row: None
     ppo: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Run:
             controller=self.controller,
             config=self.config,
             parity_tolerance=self.parity_tolerance,
+            hang_timeout_s=self.hang_timeout_s,
             on_step=self._on_step,
             on_quarantine=self.quarantine.append,
             checkpoints=self.checkpoints,

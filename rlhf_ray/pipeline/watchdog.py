@@ -1,0 +1,95 @@
+"""Ends a loop in which nothing moves any more, and says where it stands.
+
+What a worker of a pool or the learner has in hand is not judged here: each of them is watched by its own client, which
+can tell long work from none. What is left is a service that never answers, a disk that never finishes, and a loop that
+waits for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from rlhf_ray.errors import HangError
+from rlhf_ray.pipeline.occupancy import Occupancy
+from rlhf_ray.pipeline.workers import WorkerPool, WorkerState
+
+log = logging.getLogger("rlhf_ray.pipeline")
+
+LOOKS = 10
+"""How often within the time allowed it looks."""
+
+OF_THE_LEARNER = ("train", "publish")
+"""Stages whose calls the learner's own client watches."""
+
+
+class Watchdog:
+    """Watches the stages of one loop.
+
+    Args:
+        timeout_s: a loop in which no call of any stage begins or ends for so long hangs, unless a worker is at work.
+        pools: whose workers excuse it: they work or start, or wait for a place on the cluster.
+        now: the clock, seconds.
+        state: of the run, JSON-ready; it goes to the log with the stacks of all tasks.
+    """
+
+    def __init__(
+        self,
+        occupancy: Occupancy,
+        pools: Sequence[WorkerPool[Any]],
+        *,
+        timeout_s: float,
+        now: Callable[[], float],
+        state: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._occupancy = occupancy
+        self._pools = pools
+        self._timeout_s = timeout_s
+        self._now = now
+        self._state = state
+
+    async def watch(self) -> NoReturn:
+        """Look again and again.
+
+        Raises:
+            HangError: naming the stage; state and stacks are in the log.
+        """
+        quiet_since = self._now()
+        while True:
+            await asyncio.sleep(self._timeout_s / LOOKS)
+            if self._is_excused():
+                quiet_since = self._now()
+            quiet_since = max(quiet_since, self._occupancy.moved)
+            if self._now() - quiet_since >= self._timeout_s:
+                raise self._hang()
+
+    def _is_excused(self) -> bool:
+        if any(stage in self._occupancy.under_way() for stage in OF_THE_LEARNER):
+            return True
+        members = [member for pool in self._pools for member in pool.status()["workers"]]
+        starting = (WorkerState.STARTING.value, WorkerState.STALE.value)
+        return any(member["in_hand"] or member["state"] in starting for member in members)
+
+    def _hang(self) -> HangError:
+        stacks = "\n".join(f"  {number} x {stack}" for stack, number in Counter(map(_stack, asyncio.all_tasks())).items())
+        log.error("nothing moves; the run's state: %s\nwhat its tasks wait for:\n%s", json.dumps(self._state()), stacks)
+        calls = [f"{stage} ({number} under way)" for stage, number in self._occupancy.under_way().items()]
+        where = f"in {' and '.join(calls)}" if calls else "with no stage at work, which is a bug of rlhf_ray"
+        return HangError(
+            f"the run hangs {where}: nothing has moved for {self._timeout_s:g} s; the log has its state and stacks. "
+            "Mend what does not answer and go on with --resume, or raise hang_timeout_s if it is only slow"
+        )
+
+
+def _stack(task: asyncio.Task[Any]) -> str:
+    """From the task's outermost call to the one that waits."""
+    calls, coroutine = [], task.get_coro()
+    while coroutine is not None:
+        if (frame := getattr(coroutine, "cr_frame", None)) is not None:
+            calls.append(f"{frame.f_code.co_qualname} line {frame.f_lineno}")
+        coroutine = getattr(coroutine, "cr_await", None)
+    return " > ".join(calls) or repr(task.get_coro())

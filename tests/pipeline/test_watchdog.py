@@ -1,0 +1,68 @@
+"""A loop in which nothing moves any more ends, and one that is only slow does not; on fakes and simulated time."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from rlhf_ray.errors import HangError
+from rlhf_ray.testing import FakeCheckpoints, FakeGenerator, FakeLearner, FakeReference, FakeScorer
+
+FOR_EVER = 1e6
+
+
+def test_a_service_that_never_answers_is_named_and_the_log_has_state_and_stacks(
+    make_run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(scorer=FakeScorer(seconds=FOR_EVER), ppo={"max_staleness": 1, "batch_size": 4})
+    with (
+        caplog.at_level(logging.ERROR, logger="rlhf_ray.pipeline"),
+        pytest.raises(HangError, match=r"hangs in score \(8 under way\): nothing has moved for 600 s.*hang_timeout_s"),
+    ):
+        run.go()
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    state = json.loads(told.split("state: ")[1].splitlines()[0])
+    assert state["queue"]["being_scored"] == 8
+    assert "  8 x " in told
+    assert "FakeScorer.score line" in told
+    assert "ExperienceBuffer.take line" in told
+    assert run.generators["generator-0"].closed
+
+
+def test_a_call_that_never_ends_among_others_that_do_is_found_too(make_run) -> None:
+    class Forgetful(FakeScorer):
+        async def score(self, rollout):
+            self._seconds = FOR_EVER if rollout.prompt.prompt_id == 5 else 1.0
+            return await super().score(rollout)
+
+    run = make_run(scorer=Forgetful(), ppo={"steps": 50})
+    with pytest.raises(HangError, match=r"hangs in score \(1 under way\)"):
+        run.go()
+    assert run.rows
+
+
+def test_a_checkpoint_that_is_never_written_is_named(make_run) -> None:
+    run = make_run(
+        make_checkpoints=lambda learner: FakeCheckpoints(learner, seconds=FOR_EVER),
+        ppo={"steps": 20, "checkpoint_every": 2},
+    )
+    with pytest.raises(HangError, match=r"hangs in checkpoint \(1 under way\)"):
+        run.go()
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        {"make_generator": lambda name: FakeGenerator(name, seconds=5000.0)},
+        {"make_reference": lambda name: FakeReference(name, seconds=5000.0)},
+        {"learner": FakeLearner(seconds=5000.0, publish_seconds=5000.0)},
+        {"start_seconds": 5000.0},
+        {"scorer": FakeScorer(seconds=590.0)},
+    ],
+    ids=["sampling", "reading", "learning", "starting", "scoring within the time"],
+)
+def test_long_work_is_no_hang(make_run, slow) -> None:
+    summary = make_run(**slow).go()
+    assert (summary.status, summary.lost, summary.trained_twice) == ("finished", 0, 0)
