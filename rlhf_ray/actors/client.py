@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError
 
 from rlhf_ray.actors.evidence import Evidence, gather_evidence
 from rlhf_ray.actors.pulse import Place, Pulse
@@ -18,6 +19,11 @@ log = logging.getLogger("rlhf_ray.cluster")
 
 PULSE_SECONDS = 2.0
 """How often a worker is asked how it is doing."""
+
+DOUBT_SECONDS = 2.0
+REFUSALS = 2
+"""While a worker does not answer, its node is looked at so often; one that refuses so many times in a row is gone. Ray
+takes several times as long to notice."""
 
 
 class ActorClient:
@@ -38,6 +44,11 @@ class ActorClient:
         self._verdict: asyncio.Task[WorkerDiedError] | None = None
 
     @property
+    def is_dying(self) -> bool:
+        """It is being found out why it is gone; every call of it ends soon."""
+        return self._verdict is not None and not self._verdict.done()
+
+    @property
     def is_placed(self) -> bool:
         """The process was seen running."""
         return self._place is not None
@@ -45,7 +56,7 @@ class ActorClient:
     async def placed(self) -> None:
         """Wait until the actor's process runs somewhere."""
         if self._place is None:
-            self._place = await self._alive(self._actor.place.remote())
+            self._place = await self.answer(self._actor.place.remote())
             self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
         self.node = f"{self._place.address}/{self._place.node_id[:8]}"
 
@@ -56,7 +67,7 @@ class ActorClient:
     async def ready(self) -> None:
         """Wait until the actor has loaded what it needs."""
         await self.placed()
-        await self._alive(self.ready_ref())
+        await self.answer(self.ready_ref())
 
     async def close(self) -> None:
         """End the actor, placed or not."""
@@ -68,7 +79,7 @@ class ActorClient:
             self._watching.cancel()
         ray.kill(self._actor)
 
-    async def _alive(self, ref: Any) -> Any:
+    async def answer(self, ref: Any) -> Any:
         """The result of a call.
 
         Raises:
@@ -93,7 +104,7 @@ class ActorClient:
         while True:
             try:
                 async with asyncio.timeout(self._hang_timeout_s):
-                    pulse = await self._actor.pulse.remote()
+                    pulse = await self._pulse_or_loss()
             except TimeoutError:
                 self._judge("hung", f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)")
                 return
@@ -108,6 +119,24 @@ class ActorClient:
                 return
             await asyncio.sleep(min(PULSE_SECONDS, self._hang_timeout_s / 4))
 
+    async def _pulse_or_loss(self) -> Pulse:
+        """What the worker says of itself.
+
+        Raises:
+            NodeDiedError: its node does not answer, twice in a row.
+        """
+        assert self._place is not None
+        pulse: asyncio.Future[Pulse] = asyncio.wrap_future(self._actor.pulse.remote().future())
+        refusals = 0
+        try:
+            while not (await asyncio.wait({pulse}, timeout=DOUBT_SECONDS))[0]:
+                refusals = refusals + 1 if await asyncio.to_thread(node_is_gone, self._place.node_id) else 0
+                if refusals == REFUSALS:
+                    raise NodeDiedError("its node does not answer")
+            return pulse.result()
+        finally:
+            pulse.cancel()
+
     def _judge(self, fate: str, cause: str) -> asyncio.Task[WorkerDiedError]:
         """Find out what became of the worker, once; whoever waits for it is told the same."""
         if self._verdict is None:
@@ -116,7 +145,7 @@ class ActorClient:
 
     async def _find_out(self, fate: str, cause: str) -> WorkerDiedError:
         if self._place is None:
-            return WorkerDiedError(f"{self.name} died: {cause}")
+            return WorkerDiedError(f"{self.name} died while it started: {cause}")
         if await asyncio.to_thread(node_is_gone, self._place.node_id):
             return NodeLostError(f"{self.name} died{self._last_seen()}: its node is gone, and its log with it; {cause}")
         hung = fate == "hung"
@@ -127,7 +156,7 @@ class ActorClient:
 
     def _last_seen(self) -> str:
         if self._pulse is None:
-            return ""
+            return " while it started"
         doing = f"while {self._pulse.phase}" if self._pulse.busy else "while it had nothing to do"
         return f" {doing} (peak memory {self._pulse.peak_bytes / 1e9:.2f} GB)"
 

@@ -248,21 +248,21 @@ class RayGenerator(ActorClient):
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         receipts, *rollouts = self._actor.generate.options(num_returns=1 + prompt.completions).remote(prompt)
-        return list(zip(await self._alive(receipts), rollouts, strict=True))
+        return list(zip(await self.answer(receipts), rollouts, strict=True))
 
     async def update_weights(self, published: VersionedWeights) -> WeightAck:
-        return await self._alive(
+        return await self.answer(
             self._actor.update_weights.remote(published.version, published.weights, published.probe)
         )
 
     async def load_policy(self, folder: str, version: int) -> None:
         """Go on with the weights of another model folder of the same architecture."""
-        await self._alive(self._actor.load_policy.remote(folder, version))
+        await self.answer(self._actor.load_policy.remote(folder, version))
 
     async def close(self) -> None:
         if self.is_placed:
             with contextlib.suppress(TimeoutError, WorkerDiedError):  # gone or stuck: ended below either way
-                await asyncio.wait_for(self._alive(self._actor.close.remote()), timeout=10)
+                await asyncio.wait_for(self.answer(self._actor.close.remote()), timeout=10)
         await super().close()
 
 

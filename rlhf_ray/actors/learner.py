@@ -5,48 +5,107 @@ the object store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from rlhf_ray.actors.client import ActorClient
+from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.actors.weights import pack_weights
-from rlhf_ray.cluster import DEATHS, start_actor
+from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
-from rlhf_ray.errors import LearnerDiedError, RlhfRayError
-from rlhf_ray.types import Experience, ExperienceRefs, Probe, StepReport, VersionedWeights
+from rlhf_ray.errors import LearnerDiedError, RlhfRayError, WorkerDiedError
+from rlhf_ray.types import Experience, ExperienceRefs, Probe, Ref, StepReport, VersionedWeights
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CAUSE_SECONDS = 5.0
 """How long the other ranks are heard after one of them has failed: theirs may be the cause."""
 
+CONCURRENT_CALLS = 8
+"""Of one rank: its work, and questions about what it writes."""
 
-class LearnerWorker:
-    """Runs one rank's ``PPOLearner``. What all ranks return alike, only the first one returns."""
+
+class LearnerWorker(PulsingWorker):
+    """Runs one rank's ``PPOLearner`` in a thread of its own, so that the actor keeps answering. What all ranks return
+    alike, only the first one returns.
+    """
 
     def __init__(self, learner_options: Mapping[str, Any], generator_dtype: str, rank: int, size: int) -> None:
+        super().__init__()
         self._options = dict(learner_options)
         self._dtype = getattr(torch, generator_dtype)
         self._rank = rank
         self._size = size
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
-    def open_store(self) -> tuple[str, int]:
+    async def open_store(self) -> tuple[str, int]:
         """Where the other ranks find this one: address and port."""
         address = ray.util.get_node_ip_address()
         self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return address, self._store.port
 
-    def ready(self, store: tuple[str, int] | None) -> None:
+    async def ready(self, store: tuple[str, int] | None) -> None:
         """Joins the other ranks and loads the model. Not in the constructor: an error there would reach the driver as a
         mere death.
 
         Args:
             store: what ``open_store`` of the first one gave; None for one that is alone.
         """
+        await self._work("loading", self._load_model, store)
+
+    async def train_step(self, scores: Sequence[float], kl_coef: float, *opened: Any) -> StepReport | None:
+        """``opened``: the batch's rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
+        rollouts, ref_logprobs = opened[: len(scores)], opened[len(scores) :]
+        batch = [
+            Experience(rollout=rollout, score=score, ref_logprobs=ref)
+            for rollout, score, ref in zip(rollouts, scores, ref_logprobs, strict=True)
+        ]
+        report = await self._work("training", lambda: self._learner.train_step(batch, kl_coef=kl_coef))
+        return report if self._rank == 0 else None
+
+    async def publish(self) -> tuple[tuple[int, Probe], dict[str, Any]]:
+        """((version, probe), packed weights); no weights on other ranks than the first."""
+
+        def publish() -> tuple[tuple[int, Probe], dict[str, Any]]:
+            return (self._learner.version, self._learner.probe()), pack_weights(self._learner.weights(self._dtype))
+
+        return await self._work("publishing", publish)
+
+    async def save(self, folder: str) -> None:
+        """Copies; a thread writes while the next steps are taken."""
+        copy = await self._work("copying for a checkpoint", self._learner.copy)
+        self._writing = self._writer.submit(copy.write, Path(folder))
+
+    async def written(self, wait: bool) -> bool:
+        if not wait and not self._writing.done():
+            return False
+        await asyncio.wrap_future(self._writing)
+        return True
+
+    async def load(self, folder: str) -> int:
+        return await self._work("loading a checkpoint", self._learner.load, Path(folder))
+
+    async def export(self, folder: str) -> None:
+        await self._work("exporting", self._learner.export, Path(folder))
+
+    async def _work(self, phase: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """In the learner's thread, as everything that touches the learner."""
+
+        def run() -> T:
+            with self._working(phase):
+                return work(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    def _load_model(self, store: tuple[str, int] | None) -> None:
         from rlhf_ray.roles.learner import PPOLearner
         from rlhf_ray.roles.ranks import Ranks
 
@@ -54,44 +113,27 @@ class LearnerWorker:
             reached = self._store if self._rank == 0 else TCPStore(*store, is_master=False)
             device = torch.device(self._options["device"])
             self._options["ranks"] = Ranks.joined(reached, rank=self._rank, size=self._size, device=device)
-        self._learner = PPOLearner(**self._options)
+        self._learner = PPOLearner(**self._options, on_forward=self._advance)
 
-    def train_step(self, scores: Sequence[float], kl_coef: float, *opened: Any) -> StepReport | None:
-        """``opened``: the batch's rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
-        rollouts, ref_logprobs = opened[: len(scores)], opened[len(scores) :]
-        batch = [
-            Experience(rollout=rollout, score=score, ref_logprobs=ref)
-            for rollout, score, ref in zip(rollouts, scores, ref_logprobs, strict=True)
-        ]
-        report = self._learner.train_step(batch, kl_coef=kl_coef)
-        return report if self._rank == 0 else None
 
-    def publish(self) -> tuple[tuple[int, Probe], dict[str, Any]]:
-        """((version, probe), packed weights); no weights on other ranks than the first."""
-        return (self._learner.version, self._learner.probe()), pack_weights(self._learner.weights(self._dtype))
+class LearnerRank(ActorClient):
+    """Client of one rank's actor, which may have started to load once all of them have a place."""
 
-    def save(self, folder: str) -> None:
-        """Copies; a thread writes while the next steps are taken."""
-        self._writing = self._writer.submit(self._learner.copy().write, Path(folder))
+    def call(self, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
+        """What the method returns. Raises what ``answer`` does."""
+        return self.answer(getattr(self._actor, method).remote(*args))
 
-    def written(self, wait: bool) -> bool:
-        if not wait and not self._writing.done():
-            return False
-        self._writing.result()
-        return True
-
-    def load(self, folder: str) -> int:
-        return self._learner.load(Path(folder))
-
-    def export(self, folder: str) -> None:
-        self._learner.export(Path(folder))
+    def publish(self) -> tuple[Coroutine[Any, Any, Any], Ref]:
+        """The first part of what ``LearnerWorker.publish`` returns, and a ref of the second."""
+        head, weights = self._actor.publish.options(num_returns=2).remote()
+        return self.answer(head), weights
 
 
 class RayLearner:
     """Client of the ranks' actors; satisfies ``interfaces.Learner``."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = list(actors)
+    def __init__(self, ranks: Sequence[LearnerRank]) -> None:
+        self._ranks = list(ranks)
 
     @classmethod
     def start(cls, config: RunConfig, model_folder: str, critic_folder: str | None = None) -> RayLearner:
@@ -109,87 +151,94 @@ class RayLearner:
             "device": device,
             "precision": section.precision,
         }
-        return cls(
-            [
-                start_actor(
-                    LearnerWorker,
-                    options,
-                    config.generator.dtype,
-                    rank,
-                    section.ranks,
-                    num_cpus=section.num_cpus,
-                    num_gpus=section.num_gpus,
-                    threads=section.threads,
-                )
-                for rank in range(section.ranks)
-            ]
-        )
 
-    def ready_refs(self) -> dict[str, Any]:
+        def rank(number: int) -> LearnerRank:
+            actor = start_actor(
+                LearnerWorker,
+                options,
+                config.generator.dtype,
+                number,
+                section.ranks,
+                num_cpus=section.num_cpus,
+                num_gpus=section.num_gpus,
+                threads=section.threads,
+                concurrency=CONCURRENT_CALLS,
+            )
+            return LearnerRank(f"rank {number} of the learner", actor, hang_timeout_s=config.hang_timeout_s)
+
+        return cls([rank(number) for number in range(section.ranks)])
+
+    def ready_refs(self) -> dict[str, Awaitable[None]]:
         """By name, what returns when that rank is up, and raises ``LearnerDiedError`` when it has died."""
-        store = self._actors[0].open_store.remote() if len(self._actors) > 1 else None
-        return {f"learner-{rank}": _up(rank, actor.ready.remote(store)) for rank, actor in enumerate(self._actors)}
+        store = asyncio.ensure_future(self._meet())
+        return {rank.name: _up(rank, store) for rank in self._ranks}
 
     async def train_step(self, batch: Sequence[ExperienceRefs], *, kl_coef: float) -> StepReport:
         scores = [e.score.value for e in batch]
         refs = [e.rollout for e in batch] + [e.ref_logprobs for e in batch]
-        report, *_ = await self._all(actor.train_step.remote(scores, kl_coef, *refs) for actor in self._actors)
+        report, *_ = await self._all("train_step", scores, kl_coef, *refs)
         assert isinstance(report, StepReport)
         return report
 
     async def publish(self) -> VersionedWeights:
-        published = [actor.publish.options(num_returns=2).remote() for actor in self._actors]
-        (version, probe), *_ = await self._all(head for head, _ in published)
+        published = [rank.publish() for rank in self._ranks]
+        (version, probe), *_ = await self._gathered([head for head, _ in published])
         return VersionedWeights(version=version, weights=published[0][1], probe=probe)
 
     async def save(self, folder: Path) -> None:
-        await self._all(actor.save.remote(str(folder)) for actor in self._actors)
+        await self._all("save", str(folder))
 
     async def written(self, *, wait: bool) -> bool:
-        return all(await self._all(actor.written.remote(wait) for actor in self._actors))
+        return all(await self._all("written", wait))
 
     async def load(self, folder: Path) -> int:
-        version, *_ = await self._all(actor.load.remote(str(folder)) for actor in self._actors)
+        version, *_ = await self._all("load", str(folder))
         return int(version)
 
     async def export(self, folder: Path) -> None:
-        await self._all(actor.export.remote(str(folder)) for actor in self._actors)
+        await self._all("export", str(folder))
 
     def close(self) -> None:
         """End the actors."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for rank in self._ranks:
+            rank.kill()
 
-    async def _all(self, refs: Iterable[Any]) -> list[Any]:
-        """What each rank's call returns.
+    async def _meet(self) -> tuple[str, int] | None:
+        """Where the ranks meet, once each has a place: only then does a rank that waits for the others seem to hang."""
+        await asyncio.gather(*(rank.placed() for rank in self._ranks))
+        return await self._ranks[0].call("open_store") if len(self._ranks) > 1 else None
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        return await self._gathered([rank.call(method, *args) for rank in self._ranks])
+
+    async def _gathered(self, answers: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """What each rank answers.
 
         Raises:
-            LearnerDiedError: a rank died.
+            LearnerDiedError: a rank died or hung.
             RlhfRayError: or whatever else a rank raised.
         """
-        calls = [asyncio.ensure_future(_settled(ref)) for ref in refs]
+        calls = [asyncio.ensure_future(answer) for answer in answers]
         _, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
         if waiting:
             # A rank that died is often heard of last: first the others say that they were cut off from it.
             _, waiting = await asyncio.wait(waiting, timeout=CAUSE_SECONDS)
+        dying = [call for call, rank in zip(calls, self._ranks, strict=True) if call in waiting and rank.is_dying]
+        await asyncio.gather(*dying, return_exceptions=True)
         for call in waiting:
             call.cancel()
-        errors = [(error, rank) for rank, call in enumerate(calls) if call.done() and (error := call.exception())]
+        errors = [error for call in calls if call.done() and not call.cancelled() and (error := call.exception())]
         if not errors:
             return [call.result() for call in calls]
-        kinds = (*DEATHS, RlhfRayError)
-        cause, rank = next((of for kind in kinds for of in errors if isinstance(of[0], kind)), errors[0])
-        if isinstance(cause, DEATHS):
-            raise LearnerDiedError(f"rank {rank} of the learner died: {cause}") from cause
+        kinds = (WorkerDiedError, RlhfRayError)
+        cause = next((error for kind in kinds for error in errors if isinstance(error, kind)), errors[0])
+        if isinstance(cause, WorkerDiedError):
+            raise LearnerDiedError(str(cause)) from cause
         raise cause
 
 
-async def _up(rank: int, ref: Any) -> None:
+async def _up(rank: LearnerRank, store: asyncio.Future[tuple[str, int] | None]) -> None:
     try:
-        await ref
-    except DEATHS as error:
-        raise LearnerDiedError(f"rank {rank} of the learner died while it started: {error}") from error
-
-
-async def _settled(ref: Any) -> Any:
-    return await ref
+        await rank.call("ready", await asyncio.shield(store))
+    except WorkerDiedError as error:
+        raise LearnerDiedError(str(error)) from error

@@ -71,6 +71,10 @@ class PulsingWorker:
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
+    def _advance(self) -> None:
+        """The piece of work under way has got on."""
+        self._progress += 1
+
     @contextmanager
     def _working(self, phase: str) -> Iterator[None]:
         """A piece of work; one at a time."""

@@ -83,7 +83,7 @@ class ReferenceActor(ActorClient):
 
     async def logprobs(self, rollout: Ref) -> Ref:
         done, logprobs = self._actor.logprobs.options(num_returns=2).remote(rollout)
-        await self._alive(done)
+        await self.answer(done)
         return logprobs
 
 

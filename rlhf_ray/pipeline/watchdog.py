@@ -75,7 +75,8 @@ class Watchdog:
         return any(member["in_hand"] or member["state"] in starting for member in members)
 
     def _hang(self) -> HangError:
-        stacks = "\n".join(f"  {number} x {stack}" for stack, number in Counter(map(_stack, asyncio.all_tasks())).items())
+        waits = Counter(_stack(task) for task in asyncio.all_tasks())
+        stacks = "\n".join(f"  {number} x {stack}" for stack, number in waits.items())
         log.error("nothing moves; the run's state: %s\nwhat its tasks wait for:\n%s", json.dumps(self._state()), stacks)
         calls = [f"{stage} ({number} under way)" for stage, number in self._occupancy.under_way().items()]
         where = f"in {' and '.join(calls)}" if calls else "with no stage at work, which is a bug of rlhf_ray"
@@ -87,7 +88,8 @@ class Watchdog:
 
 def _stack(task: asyncio.Task[Any]) -> str:
     """From the task's outermost call to the one that waits."""
-    calls, coroutine = [], task.get_coro()
+    calls: list[str] = []
+    coroutine: Any = task.get_coro()
     while coroutine is not None:
         if (frame := getattr(coroutine, "cr_frame", None)) is not None:
             calls.append(f"{frame.f_code.co_qualname} line {frame.f_lineno}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class PPOLearner:
         precision: str = "auto",
         critic_folder: str | None = None,
         ranks: Ranks | None = None,
+        on_forward: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +69,7 @@ class PPOLearner:
             device: "cpu", "cuda", or "auto": cuda where ``learner.num_gpus`` asks for one.
             precision: of forward and backward (autocast).
             ranks: those that share the weights and each batch's rows; by default it is alone.
+            on_forward: is called after the forward of each micro-batch.
 
         Raises:
             ModelError: the model cannot be used.
@@ -97,6 +99,8 @@ class PPOLearner:
         policy = PolicyModel(language_model, critic=critic, packed=self._device.type == "cpu")
         self._model = policy.to(self._device).train()
         self._ranks.shard(self._model, self._device)
+        if on_forward is not None:
+            self._model.register_forward_hook(lambda *_: on_forward())
         self._optimizer = _new_optimizer(self._model, config)
         self._rng = torch.Generator().manual_seed(config.seed)
         self._ppo = PPOUpdate(

@@ -54,11 +54,11 @@ class SleeperClient(ActorClient):
         return psutil.Process(self._place.pid)
 
     async def work(self, pieces: int, seconds: float) -> int:
-        done: int = await self._alive(self._actor.work.remote(pieces, seconds))
+        done: int = await self.answer(self._actor.work.remote(pieces, seconds))
         return done
 
     async def say(self, line: str) -> None:
-        await self._alive(self._actor.say.remote(line))
+        await self.answer(self._actor.say.remote(line))
 
     async def seen(self, phase: str) -> None:
         while self._pulse is None or self._pulse.phase != phase:  # noqa: ASYNC110 (nobody is told of a pulse)

@@ -6,7 +6,6 @@ import asyncio
 import resource
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import pytest
 import ray
 import torch
 
-from rlhf_ray.actors.learner import LearnerWorker, RayLearner
+from rlhf_ray.actors.learner import LearnerRank, LearnerWorker, RayLearner
 from rlhf_ray.actors.scored_prompts import load_scored_refs
 from rlhf_ray.checkpoint import latest_checkpoint, load_checkpoint, marked_checkpoints, save_checkpoint
+from rlhf_ray.cluster import start_actor
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.stages.ppo_checkpoints import RunCheckpoints
 from rlhf_ray.testing import FakeGenerator, FakeLearner, FakePrompts
@@ -37,7 +37,7 @@ class Writer(LearnerWorker):
     """A rank whose copy is so many numbers; it writes when it may, and no file larger than it may."""
 
     def __init__(self, numbers: int, largest_file: int | None = None, held_back: bool = False) -> None:
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        super().__init__({}, "float32", 0, 1)
         self._learner: Any = self
         self._numbers = numbers
         self._largest_file = largest_file
@@ -48,7 +48,7 @@ class Writer(LearnerWorker):
     def copy(self) -> Writer:
         return self
 
-    def let_write(self) -> None:
+    async def let_write(self) -> None:
         self._may_write.set()
 
     def write(self, folder: Path) -> None:
@@ -59,7 +59,8 @@ class Writer(LearnerWorker):
 
 
 def writer(*args: Any, **kwargs: Any) -> RayLearner:
-    return RayLearner([ray.remote(num_cpus=0)(Writer).remote(*args, **kwargs)])
+    actor = start_actor(Writer, *args, num_cpus=0, num_gpus=0, concurrency=8, **kwargs)
+    return RayLearner([LearnerRank("rank 0 of the learner", actor, hang_timeout_s=60)])
 
 
 def names_in(folder: Path) -> list[str]:
@@ -114,7 +115,7 @@ async def test_a_checkpoint_counts_only_once_the_learner_has_written_its_own(tmp
     ending = asyncio.create_task(checkpoints.end(wait=False))
     assert not await ending
     assert latest_checkpoint(tmp_path) is None
-    await learner._actors[0].let_write.remote()
+    await learner._ranks[0].call("let_write")
     assert await checkpoints.end(wait=True)
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
 

@@ -243,6 +243,8 @@ def test_a_learner_that_dies_while_it_starts_is_told_as_such(
     config = make_config(learner={"max_restarts": 0})
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_a_rank)
-        with pytest.raises(LearnerDiedError, match=r"(?s)rank 0 of the learner died while it started.*max_restarts"):
+        with pytest.raises(
+            LearnerDiedError, match=r"(?s)rank 0 of the learner died while (it started|loading).*max_restarts"
+        ):
             run_ppo(config)
         killing.result()
