@@ -11,9 +11,9 @@ a few steps later.
 ``--elastic`` instead scales a run from 1 generator to 3 and back to 1, and holds its ledger against that of a run with
 a fixed pool.
 
-A JSON summary is printed. The exit code is 1 unless every prompt was trained once, nothing was lost, and the run went
-on after each kill. ``stall`` is the longest time between the ends of two steps from the kill until the run was whole,
-less the median of the run; seconds.
+A JSON summary is printed. The exit code is 1 unless every prompt was trained once (or stands in quarantine), nothing
+was lost, and the run went on after each kill. ``stall`` is the longest time between the ends of two steps from the kill
+until the run was whole, less the median of the run; seconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from common import COMMAND, newest_ledger, tiny_models, write_config
 from ray.cluster_utils import Cluster
 
 import rlhf_ray
-from rlhf_ray.checkpoint import latest_checkpoint
 from rlhf_ray.config import load_config
 from rlhf_ray.metrics import read_summary
 
@@ -279,8 +278,7 @@ def _kill(run: Run, nodes: Nodes, role: str, draw: random.Random) -> dict[str, A
     if role == "driver":
         run.end(signal.SIGKILL)
         run.codes.pop()
-        has_checkpoint = latest_checkpoint(run.folder / "checkpoints")
-        run.start("--resume" if has_checkpoint else "--overwrite")
+        run.start("--resume")
     elif role == "node":
         nodes.lose_one(draw)
     else:
@@ -334,12 +332,16 @@ def _finish(run: Run) -> int:
 
 def _promises(run: Run, steps: int) -> dict[str, Any]:
     summary, ledger = read_summary(run.folder), newest_ledger(run.folder)
+    trained = [i for first, last in ledger["trained"] for i in range(first, last + 1)]
+    given_up = ledger["quarantined"]
     return {
         "steps": steps,
         "status": summary["status"],
         "lost": summary.get("lost"),
         "trained_twice": summary.get("trained_twice"),
-        "every_prompt_trained_once": ledger["trained"] == [[0, steps * run.prompts_per_step - 1]],
+        "quarantined": given_up,
+        "every_prompt_trained_once": len(trained) == steps * run.prompts_per_step
+        and sorted(trained + given_up) == list(range(len(trained) + len(given_up))),
         "exit_codes": run.codes,
     }
 

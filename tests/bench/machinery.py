@@ -1,0 +1,103 @@
+"""What the machinery against death costs a PPO run: samples per second with it against without, in one run.
+
+    python tests/bench/machinery.py [--blocks 6] [--steps 10] [--set key=value ...]
+
+With: a checkpoint every ``--steps`` steps (10, the default of ``ppo.checkpoint_every``), the watch over every worker,
+and the status that is kept every second. Without: none of these. The recipe is that of ``ppo_throughput.py``; blocks of
+steps take turns in the order on, off, off, on, ..., so that a machine that grows faster or slower favours neither. A
+block's checkpoint is taken after its second step, so that what is written in the background falls into the same block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ppo_throughput import BATCH, _config, _fresh_reward_model, _line
+
+from rlhf_ray.actors.client import ActorClient
+from rlhf_ray.metrics import read_lines
+from rlhf_ray.pipeline.loop import Pipeline
+from rlhf_ray.report.quiet import quiet_libraries
+from rlhf_ray.stages.ppo import run_ppo
+from rlhf_ray.stages.steering import Steering
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=6, help="an even number")
+    parser.add_argument("--steps", type=int, default=10, help="of a block")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    is_on = [block % 4 in (0, 3) for block in range(arguments.blocks)]
+    with tempfile.TemporaryDirectory() as name:
+        rows = _rows(Path(name), arguments.steps, is_on, arguments.overrides)
+    blocks = [rows[i : i + arguments.steps] for i in range(0, len(rows), arguments.steps)]
+    rates = [len(block) * BATCH / sum(row["seconds_step"] for row in block) for block in blocks]
+    on, off = ([rate for rate, lit in zip(rates, is_on, strict=True) if lit is wanted] for wanted in (True, False))
+    figures = {
+        "samples_per_second": {"on": on, "off": off},
+        "on_against_off": statistics.fmean(on) / statistics.fmean(off),
+        "on_against_off_by_pairs": [a / b for a, b in zip(on, off, strict=True)],
+        "seconds_checkpoint_of_the_loop": sum(row.get("seconds_checkpoint", 0.0) for row in rows),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+def _rows(folder: Path, steps: int, is_on: list[bool], overrides: list[str]) -> list[dict[str, Any]]:
+    """Metrics of the counted steps."""
+    switch = Switch()
+    switch.install()
+    warm_up = steps - 2  # the first block begins two steps before a checkpoint
+    total = warm_up + steps * len(is_on)
+    config = _config(folder, "machinery", total, [f"ppo.steps={total}", f"ppo.checkpoint_every={steps}", *overrides])
+    _fresh_reward_model(config, folder / "reward")
+
+    def on_step(row: Any) -> None:
+        print(_line(row), file=sys.stderr, flush=True)
+        done = int(row["step"]) - warm_up
+        switch.turn(on=is_on[min(max(done, 0) // steps, len(is_on) - 1)])
+
+    run_ppo(config, on_step=on_step)
+    return read_lines(config.run_dir / "metrics.jsonl")[warm_up:]
+
+
+class Switch:
+    """Turns the machinery of a run in this process on and off while it goes on."""
+
+    def __init__(self) -> None:
+        self._on = asyncio.Event()
+        self._on.set()
+
+    def turn(self, *, on: bool) -> None:
+        (self._on.set if on else self._on.clear)()
+
+    def install(self) -> None:
+        for owner, method in (
+            (ActorClient, "_pulse_or_loss"),
+            (Steering, "_take_wish"),
+            (Pipeline, "_begin_save"),
+        ):
+            setattr(owner, method, self._switched(getattr(owner, method), waits=method != "_begin_save"))
+
+    def _switched(self, work: Callable[..., Any], *, waits: bool) -> Callable[..., Any]:
+        """Work that is left out while the switch is off; for good, or until it is on again."""
+
+        async def switched(*arguments: Any) -> Any:
+            if waits:
+                await self._on.wait()
+            return await work(*arguments) if self._on.is_set() else None
+
+        return switched
+
+
+if __name__ == "__main__":
+    main()
