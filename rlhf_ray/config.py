@@ -672,8 +672,9 @@ class RunConfig(Section):
     hang_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="A generator or a reference of ppo that has work (or loads its model) and makes no progress for so "
-        "long, or does not answer, is taken for dead: its stacks are logged, and it is ended and replaced. Seconds.",
+        description="A worker of ppo that has work (or loads its model) and makes no progress for so long, or does not "
+        "answer, is taken for dead: its stacks are logged, and it is ended. A run in which nothing moves for so long "
+        "and no worker is at work ends. Seconds.",
     )
     model: ModelConfig
     prompts: PromptsConfig

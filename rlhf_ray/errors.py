@@ -12,6 +12,7 @@
     ├── PromptError (RuntimeError)   no worker can work on this prompt: it is quarantined, and the run goes on
     ├── ScorerError (RuntimeError)   a score could not be had
     │   └── NoScoreError (PromptError) a scorer gave no finite number for this response
+    ├── DataLostError (RuntimeError) a rollout went with the node that held it: it is made again
     ├── HangError (RuntimeError)     the loop stands still, and no worker is at work
     ├── CheckpointError (OSError)    a checkpoint could not be written
     └── WorkerDiedError (RuntimeError) a worker process is gone
@@ -70,6 +71,12 @@ class PromptError(RlhfRayError, RuntimeError):
 
 class NoScoreError(ScorerError, PromptError):
     """A scorer works, and what it gave for this response is no finite number."""
+
+
+class DataLostError(RlhfRayError, RuntimeError):
+    """An object of the store went with its node. A response is sampled again; where it was scored already, all begins
+    again from the newest checkpoint.
+    """
 
 
 class HangError(RlhfRayError, RuntimeError):

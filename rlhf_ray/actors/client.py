@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError
+from ray.exceptions import NodeDiedError, ObjectLostError
 
 from rlhf_ray.actors.evidence import Evidence, gather_evidence
 from rlhf_ray.actors.pulse import Place, Pulse
 from rlhf_ray.cluster import DEATHS, node_is_gone
-from rlhf_ray.errors import NodeLostError, WorkerDiedError
+from rlhf_ray.errors import DataLostError, NodeLostError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
 
@@ -84,6 +84,7 @@ class ActorClient:
 
         Raises:
             WorkerDiedError: the actor is gone, or hung and was ended; ``NodeLostError`` if its node is gone.
+            DataLostError: an argument of the call is.
         """
         answer = asyncio.wrap_future(ref.future())
         try:
@@ -95,6 +96,8 @@ class ActorClient:
         except DEATHS as error:
             cause = " ".join(str(error).split())[:300]
             raise await asyncio.shield(self._judge("died", cause)) from error
+        except ObjectLostError as error:
+            raise DataLostError(f"what {self.name} was to read went with the node that held it") from error
         finally:
             answer.cancel()
 

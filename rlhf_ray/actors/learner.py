@@ -216,6 +216,7 @@ class RayLearner:
 
         Raises:
             LearnerDiedError: a rank died or hung.
+            DataLostError: a rollout is gone.
             RlhfRayError: or whatever else a rank raised.
         """
         calls = [asyncio.ensure_future(answer) for answer in answers]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rlhf_ray.errors import CheckpointError
+from rlhf_ray.errors import CheckpointError, DataLostError
 from rlhf_ray.roles.scored_prompts import read_responses, read_scored, save_scored, without_refs
 from rlhf_ray.types import ExperienceRefs, Ref, ScoredPrompt
 
@@ -21,6 +21,7 @@ async def save_scored_refs(folder: Path, prompts: Sequence[ScoredPrompt]) -> Non
 
     Raises:
         CheckpointError: the disk is full, or fails, or the process that writes has ended.
+        DataLostError: one of the responses is gone.
     """
     experiences = [e for prompt in prompts for e in prompt.experiences]
     opened = [e.rollout for e in experiences] + [e.ref_logprobs for e in experiences]
@@ -29,6 +30,8 @@ async def save_scored_refs(folder: Path, prompts: Sequence[ScoredPrompt]) -> Non
         return
     try:
         await _SAVE.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
+    except ObjectLostError as error:
+        raise DataLostError("a scored response went with the node that held it") from error
     except RayTaskError:
         raise
     except RayError as error:

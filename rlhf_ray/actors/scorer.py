@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
-from rlhf_ray.errors import NoScoreError, ScorerError, WorkerDiedError
+from rlhf_ray.errors import DataLostError, NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.roles.function_scorer import FunctionScorer
@@ -52,6 +52,7 @@ class ServedScorer:
 
         Raises:
             NoScoreError: the model gives no finite number.
+            DataLostError: the response is gone.
             ScorerError: it cannot read the response, or the service failed on every try; with the cause.
         """
         for attempt in range(1, self._tries + 1):
@@ -66,6 +67,8 @@ class ServedScorer:
                 delay = self._first_delay * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 log.warning("scoring again in %.1f s: %s", delay, type(error).__name__)
                 await asyncio.sleep(delay)
+            except ObjectLostError as error:
+                raise DataLostError("a response went with the node that held it before it was scored") from error
             except RayTaskError as error:
                 _raise_own(error)
                 raise

@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.errors import CheckpointError, PromptError, RlhfRayError
+from rlhf_ray.errors import CheckpointError, DataLostError, PromptError, RlhfRayError
 from rlhf_ray.interfaces import Checkpoints, Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
 from rlhf_ray.pipeline.ledger import Ledger
@@ -191,9 +191,12 @@ class Pipeline:
             try:
                 experiences = await self._experiences(prompt)
                 break
+            except DataLostError as error:
+                log.warning("prompt %d is sampled again: %s", prompt_id, error)
+                self._ledger.reissue(prompt_id)
             except PromptError as error:
                 self._quarantine(prompt, error)
-            prompt_id = next(self._ids)
+                prompt_id = next(self._ids)
             self._stages[prompt_id] = WAITING
         self._ledger.scored(prompt_id)
         del self._stages[prompt_id]
@@ -203,7 +206,8 @@ class Pipeline:
         """The prompt's responses, scored.
 
         Raises:
-            PromptError: no worker can work on the prompt or on a response; the buffer awaits it no more.
+            DataLostError: a response went with its node.
+            PromptError: no worker can work on the prompt or on a response. In both cases the buffer awaits it no more.
         """
         prompt_id = prompt.prompt_id
         sampled = await self._pool.generate(prompt, on_admit=self._admit, on_withdraw=self._withdraw)
@@ -217,11 +221,11 @@ class Pipeline:
                 both.create_task(self._timed(prompt_id, "score", scores))
                 both.create_task(self._timed(prompt_id, "reference", references))
         except ExceptionGroup as group:
-            poison, others = group.split(PromptError)
-            if poison is None or others is not None:
+            _, others = group.split((DataLostError, PromptError))
+            if others is not None:
                 raise
             self._buffer.withdraw(prompt_id)
-            cause = first_error(poison)
+            cause = first_error(group.subgroup(DataLostError) or group)
             raise cause from cause.__cause__
         judged = zip(sampled, scores.result(), references.result(), strict=True)
         return [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rlhf_ray.errors import StalenessError, WorkerDiedError
+from rlhf_ray.errors import DataLostError, StalenessError, WorkerDiedError
 from rlhf_ray.interfaces import Generator, Reference
 from rlhf_ray.pipeline.workers import Member, WorkerPool
 from rlhf_ray.types import Prompt, Ref, RolloutReceipt, VersionedWeights, WeightAck
@@ -52,6 +52,7 @@ class GeneratorPool(WorkerPool[Generator]):
 
         Raises:
             PromptError: ``max_prompt_tries`` workers died on this prompt.
+            DataLostError: the responses went with their node; ``on_withdraw`` was called.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
 
@@ -60,7 +61,7 @@ class GeneratorPool(WorkerPool[Generator]):
             on_admit(prompt.prompt_id, member.version)
             try:
                 return await generator.generate(prompt)
-            except WorkerDiedError:
+            except (WorkerDiedError, DataLostError):
                 on_withdraw(prompt.prompt_id)
                 raise
 

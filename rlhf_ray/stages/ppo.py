@@ -27,7 +27,7 @@ from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
-from rlhf_ray.errors import ConfigError, LearnerDiedError, ModelError
+from rlhf_ray.errors import ConfigError, DataLostError, LearnerDiedError, ModelError
 from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline, quarantined
@@ -211,23 +211,24 @@ def _newest_start(config: RunConfig, identity: Mapping[str, Any]) -> _Start:
 
 
 async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
-    """Run the loop; when a rank of the learner dies, all workers but the service begin again, as by ``--resume``.
+    """Run the loop; when a rank of the learner dies, or what waits for it is lost, all workers but the service begin
+    again, as by ``--resume``.
 
     Raises:
-        LearnerDiedError: ``learner.max_restarts`` times in a row no new checkpoint was reached.
+        LearnerDiedError, DataLostError: ``learner.max_restarts`` times in a row no new checkpoint was reached.
     """
     config, in_a_row = run.prepared.config, 0
     while True:
         try:
             async with AsyncExitStack() as stack:
                 return await _train(run, await _start_workers(run, stack), start)
-        except LearnerDiedError as error:
+        except (LearnerDiedError, DataLostError) as error:
             before = start.step
             start = await asyncio.to_thread(_newest_start, config, run.identity)
             in_a_row = 1 if start.step > before else in_a_row + 1
             allowed = config.learner.max_restarts
             if in_a_row > allowed:
-                raise LearnerDiedError(
+                raise type(error)(
                     f"{error}; learner.max_restarts = {allowed} restarts in a row are used up at step {start.step}: "
                     "mend the cause and go on with --resume, or raise learner.max_restarts"
                 ) from error

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rlhf_ray.algorithms.kl import AdaptiveKL
 from rlhf_ray.errors import (
     CheckpointError,
+    DataLostError,
     NoScoreError,
     NumericalError,
     ParityError,
@@ -197,6 +198,46 @@ def test_a_learner_whose_versions_do_not_follow_each_other_is_refused(make_run) 
         make_run(learner=Skipping()).go()
     with pytest.raises(RlhfRayError, match="made version 1 and published version 0"):
         make_run(learner=Stuck()).go()
+
+
+@pytest.mark.parametrize("reader", ["scorer", "reference"])
+def test_a_response_that_is_lost_before_it_is_scored_is_sampled_again(
+    make_run, caplog: pytest.LogCaptureFixture, reader: str
+) -> None:
+    lost = {2, 5, 9}
+
+    class LosingScorer(FakeScorer):
+        async def score(self, rollout: Ref) -> Score:
+            prompt_id = rollout.prompt.prompt_id
+            if prompt_id in lost:
+                lost.remove(prompt_id)
+                raise DataLostError("it went with its node")
+            return await super().score(rollout)
+
+    class LosingReference(FakeReference):
+        async def logprobs(self, rollout: Ref) -> Ref:
+            prompt_id = rollout.prompt.prompt_id
+            if prompt_id in lost:
+                lost.remove(prompt_id)
+                raise DataLostError("it went with its node")
+            return await super().logprobs(rollout)
+
+    losing = {"scorer": LosingScorer()} if reader == "scorer" else {"make_reference": LosingReference}
+    run = make_run(make_generator=lambda name: FakeGenerator(name, seconds=1.0), **losing, ppo={"steps": 4})
+    summary = run.go()
+    assert lost == set()
+    assert sorted(run.trained_ids) == list(range(16))
+    assert (summary.status, summary.lost, summary.trained_twice, summary.quarantined) == ("finished", 0, 0, 0)
+    assert caplog.text.count("is sampled again: it went with its node") == 3
+
+
+def test_a_response_that_is_lost_after_it_was_scored_ends_the_loop(make_run) -> None:
+    class Losing(FakeLearner):
+        async def train_step(self, batch, *, kl_coef: float) -> StepReport:
+            raise DataLostError("it went with its node")
+
+    with pytest.raises(DataLostError):
+        make_run(learner=Losing()).go()
 
 
 def test_cancelling_the_run_closes_the_generators(make_run) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,6 +66,7 @@ class Operator:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._errands: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self.run_failed = threading.Event()
 
     def in_main_thread(self, errand: Callable[[], Any]) -> Any:
         """Have it done after the next step: starting a node sets handlers of signals."""
@@ -81,7 +83,7 @@ class Operator:
         """The first status in which it holds."""
         end = time.monotonic() + PATIENCE_SECONDS
         now: dict[str, Any] = {}
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self.run_failed.is_set():
             if (self.run_dir / "status.json").exists() and what(now := rlhf_ray.status(self.run_dir)):
                 return now
             time.sleep(0.2)
@@ -99,12 +101,17 @@ def operated(config: RunConfig, work: Callable[[Operator], None]) -> RunSummary:
             operator.wait_for(lambda now: now["step"] >= 1)
             work(operator)
         finally:
-            os.kill(os.getpid(), signal.SIGINT)
+            if not operator.run_failed.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
 
     operator = Operator(config.run_dir)
     with ThreadPoolExecutor(1) as threads:
         operating = threads.submit(operate)
-        summary = run_ppo(config, on_step=operator.run_errands)
+        try:
+            summary = run_ppo(config, on_step=operator.run_errands)
+        except Exception:
+            operator.run_failed.set()
+            raise
         operating.result()
     return summary
 
@@ -169,9 +176,10 @@ def test_a_run_is_scaled_by_command_and_its_killed_or_stopped_reference_is_repla
 
 
 @pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    """Two cores: enough for one generator of the run and all else. More nodes come and go."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+def nodes(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Two cores, or the test's number: enough for one generator of the run and all else. More nodes come and go."""
+    head = {"num_cpus": 2, "include_dashboard": False} | getattr(request, "param", {})
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -192,6 +200,29 @@ def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
 
     summary = operated(make_config(generator={"max": 2, "max_restarts": 0}), work)
     assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
+
+
+@pytest.mark.parametrize("nodes", [{"_system_config": {"max_direct_call_object_size": 1}}], indirect=True)
+def test_large_responses_that_go_with_their_node_are_made_again(
+    nodes: Cluster, make_config: Callable[..., RunConfig]
+) -> None:
+    """As responses of 100 kB and more, all of these stay on the node that sampled them."""
+
+    def work(operator: Operator) -> None:
+        for _ in range(2):
+            operator.wait_for(lambda now: len(up(now)) == 2)
+            node = sampling.pop(0)
+            operator.in_main_thread(lambda: sampling.append(nodes.add_node(num_cpus=4)))
+            nodes.remove_node(node, allow_graceful=False)
+            gone = rlhf_ray.status(operator.run_dir)["step"]
+            operator.wait_for(lambda now, gone=gone: now["step"] > gone + 10)
+
+    sampling = [nodes.add_node(num_cpus=4) for _ in range(2)]
+    config = make_config(generator={"count": 2, "num_cpus": 3, "max_restarts": 0}, ppo={"checkpoint_every": 5})
+    summary = operated(config, work)
+    assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
+    ledger = load_state(latest_checkpoint(config.run_dir / "checkpoints") / "pipeline")["ledger"]
+    assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
 
 
 def kill_a_rank() -> None:
