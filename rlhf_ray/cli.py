@@ -7,6 +7,7 @@ Every command takes ``--config`` and ``--set``. Heavy libraries are imported by 
 from __future__ import annotations
 
 import builtins
+import errno
 import fcntl
 import json
 import os
@@ -529,12 +530,17 @@ def _reported() -> Iterator[None]:
 
 
 def _deliberate(error: BaseException) -> RlhfRayError | None:
-    """The error of ours inside: a remote one comes wrapped by Ray (``cause``), one of several tasks in a group."""
+    """The error of ours inside: a remote one comes wrapped by Ray (``cause``), one of several tasks in a group. A full
+    disk is told as one of ours, whoever found it.
+    """
     if isinstance(error, BaseExceptionGroup):
         return next((found for inner in error.exceptions if (found := _deliberate(inner))), None)
     cause = getattr(error, "cause", None)
     if isinstance(cause, RlhfRayError):
         return cause
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return RlhfRayError(f"the disk is full{where}; make room and go on with --resume: what is complete is kept")
     return error if isinstance(error, RlhfRayError) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import subprocess
@@ -189,6 +190,17 @@ def test_an_error_that_came_through_a_worker_or_a_task_group_is_told_without_its
     stand_in("rlhf_ray.stages.ppo", "run_ppo", error=ExceptionGroup("tasks", [RemoteError("a long remote traceback")]))
     result = run("ppo", "-c", config_file)
     assert (result.exit_code, result.stderr) == (2, "error: the folder is empty\n")
+
+
+def test_a_full_disk_is_told_in_a_sentence_whoever_found_it(stand_in: Callable[..., Any], config_file: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/runs/first/metrics.jsonl")
+    stand_in("rlhf_ray.stages.ppo", "run_ppo", error=ExceptionGroup("tasks", [full]))
+    result = run("ppo", "-c", config_file)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: the disk is full at /runs/first/metrics.jsonl; make room and go on with --resume: what is complete is "
+        "kept\n"
+    )
 
 
 def test_a_bug_keeps_its_traceback(stand_in: Callable[..., Any], config_file: Path) -> None:

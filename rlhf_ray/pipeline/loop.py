@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -129,6 +129,7 @@ class Pipeline:
         # Of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer.
         self._stages: dict[int, str] = {}
         self._rollouts: set[asyncio.Task[None]] = set()
+        self._interrupted: deque[int] = deque()  # issued before a resume, and due again before all others
         self._ids = self._due()
 
     async def run(self) -> RunSummary:
@@ -144,13 +145,14 @@ class Pipeline:
                 for prompt_id in self._buffer.restore(self._restored):
                     self._ledger.unscored(prompt_id)
                 self._restored = ()
+                self._interrupted.extend(self._ledger.unfinished())
                 self._pool.start(tasks)
                 if self._references is not None:
                     self._references.start(tasks)
                 feeder = tasks.create_task(self._feed(tasks), name="feeder")
                 watchdog = tasks.create_task(self._watchdog.watch(), name="watchdog")
                 await self._learn()
-                self._ledger.close(in_flight=[*self._stages, *self._buffer.finished_ids()])
+                self._ledger.close(in_flight=[*self._stages, *self._buffer.finished_ids(), *self._interrupted])
                 for task in (feeder, watchdog, *self._rollouts):
                     task.cancel()
                 await self._close_pools()
@@ -386,7 +388,8 @@ class Pipeline:
 
     def _due(self) -> Iterator[int]:
         """Ids without end, each issued as it is taken: interrupted ones first."""
-        for prompt_id in self._ledger.unfinished():
+        while self._interrupted:
+            prompt_id = self._interrupted.popleft()
             self._ledger.reissue(prompt_id)
             yield prompt_id
         while True:

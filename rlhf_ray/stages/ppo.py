@@ -163,6 +163,10 @@ class Workers:
     service: str | None
     """The Serve application that scores."""
 
+    def note_asked(self, asked: dict[str, int]) -> None:
+        """How many workers of each pool people want, by the pool's name."""
+        asked.update({name: pool.status()["asked"] for name, pool in self.elastic.items()})
+
 
 def _find_start(config: RunConfig, resume: bool, identity: Mapping[str, Any]) -> _Start:
     root = config.run_dir / "checkpoints"
@@ -218,10 +222,13 @@ async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
         LearnerDiedError, DataLostError: ``learner.max_restarts`` times in a row no new checkpoint was reached.
     """
     config, in_a_row = run.prepared.config, 0
+    asked: dict[str, int] = {}
     while True:
         try:
             async with AsyncExitStack() as stack:
-                return await _train(run, await _start_workers(run, stack), start)
+                workers = await _start_workers(run, stack, asked)
+                stack.callback(workers.note_asked, asked)
+                return await _train(run, workers, start)
         except (LearnerDiedError, DataLostError) as error:
             before = start.step
             start = await asyncio.to_thread(_newest_start, config, run.identity)
@@ -280,10 +287,13 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
     return summary
 
 
-async def _start_workers(run: _Run, stack: AsyncExitStack) -> Workers:
+async def _start_workers(run: _Run, stack: AsyncExitStack, asked: Mapping[str, int]) -> Workers:
     """Start every worker at once; returns when all but those of pools are up (a pool waits for its own).
 
     Whatever was started is ended with ``stack``, also when another worker fails to start.
+
+    Args:
+        asked: for pools by name, how many workers people wanted before these were started again.
     """
     prepared, handle = run.prepared, run.handle
     config, folder = prepared.config, prepared.model_folder
@@ -293,26 +303,31 @@ async def _start_workers(run: _Run, stack: AsyncExitStack) -> Workers:
     references = None
     if config.reference.count:
         reads = reference_options(config, folder)
-        starter = _starter(config.reference, "reference", lambda name: ReferenceActor.start(name, config, reads))
+        starter = _starter(config.reference, "reference", lambda name: ReferenceActor.start(name, config, reads), asked)
         stack.push_async_callback(starter.close)
         references = ReferencePool(starter, **_size(config, config.reference, CONCURRENT_CALLS))
         elastic["references"] = ElasticPool(config.reference, references, starter)
     scorers = RayScorers.start(config, handle)
     stack.callback(scorers.close)
     options = engine_options(config, folder, context_length=prepared.context_length)
-    starter = _starter(config.generator, "generator", lambda name: RayGenerator.start(name, config, options))
+    starter = _starter(config.generator, "generator", lambda name: RayGenerator.start(name, config, options), asked)
     stack.push_async_callback(starter.close)
     prompts_each = max(1, config.generator.max_num_seqs // config.ppo.completions)
     generators = GeneratorPool(starter, **_size(config, config.generator, prompts_each))
     elastic["generators"] = ElasticPool(config.generator, generators, starter)
+    for name, number in asked.items():
+        elastic[name].scale(number)
     await wait_ready({**learner.ready_refs(), **scorers.ready_refs()})
     service = handle.app_name if handle is not None else None
     return Workers(learner, scorers, generators, references, elastic, service)
 
 
-def _starter(section: PoolSection, kind: str, start: Callable[[str], Any]) -> ActorStarter[Any]:
+def _starter(
+    section: PoolSection, kind: str, start: Callable[[str], Any], asked: Mapping[str, int]
+) -> ActorStarter[Any]:
     """The pool names its workers in this order; the first ones load their model while the learner loads its own."""
-    return ActorStarter(start, ahead=[f"{kind}-{i}" for i in range(section.needed)])
+    first = min(section.needed, asked.get(f"{kind}s", section.needed))
+    return ActorStarter(start, ahead=[f"{kind}-{i}" for i in range(first)])
 
 
 def _size(config: RunConfig, section: PoolSection, max_concurrent: int) -> dict[str, Any]:

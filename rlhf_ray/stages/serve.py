@@ -44,6 +44,9 @@ HANG_SECONDS = 10.0
 SERVICE_FILE = Path("control") / "service.json"
 """In a run's folder while the run serves its reward model: which application, and on which cluster."""
 
+HEARSAY_SECONDS = 5.0
+"""Ray knows of a driver's end by then."""
+
 _POLL_SECONDS = 0.25
 
 
@@ -122,7 +125,7 @@ def sole_owner(run_dir: Path, name: str) -> Iterator[None]:
     mine = {"name": name, "cluster": context.get_session_name(), "job": context.get_job_id()}
     left = read_json(note)
     if left.get("name") == name and left.get("cluster") == mine["cluster"]:
-        if job_is_alive(left["job"]):
+        if _outlives(left["job"]):
             yield
             return
         log.warning("the reward service %s is left from this run's last process, which was killed; deleting it", name)
@@ -133,6 +136,16 @@ def sole_owner(run_dir: Path, name: str) -> Iterator[None]:
         yield
     finally:
         note.unlink(missing_ok=True)
+
+
+def _outlives(job_id: str) -> bool:
+    """Whether a driver lives, and not only because Ray has not heard of its end yet."""
+    end = time.monotonic() + HEARSAY_SECONDS
+    while alive := job_is_alive(job_id):
+        if time.monotonic() > end:
+            break
+        time.sleep(_POLL_SECONDS)
+    return alive
 
 
 def stop_service(name: str) -> None:

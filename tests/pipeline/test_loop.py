@@ -607,6 +607,21 @@ def test_a_resumed_run_trains_every_prompt_once_and_issues_the_interrupted_ones_
     assert finished.score_first == interrupted.score_first
 
 
+def test_a_resumed_run_that_needs_fewer_prompts_than_were_issued_loses_none(make_run) -> None:
+    first = make_run(
+        make_generator=lambda name: FakeGenerator(name, seconds=uniform_seconds(1, 20)),
+        learner=FakeLearner(max_staleness=3),
+        ppo={"steps": 8, "checkpoint_every": 3, "max_staleness": 3},
+    )
+    first.go()
+    checkpoint = first.checkpoints.marked[0]
+    assert checkpoint.state["ledger"]["next_id"] > 20, "more are issued than five steps need"
+    second = make_run(learner=FakeLearner(max_staleness=3), ppo={"steps": 4, "max_staleness": 3})
+    resume_from(second, checkpoint)
+    summary = second.go()
+    assert (summary.status, summary.steps, summary.lost, summary.trained_twice) == ("finished", 4, 0, 0)
+
+
 def test_resuming_a_finished_run_does_nothing(make_run) -> None:
     first = make_run()
     first.go()

@@ -236,10 +236,13 @@ def test_when_a_rank_of_the_learner_dies_the_run_goes_on_from_its_newest_checkpo
     cluster: None, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(operator: Operator) -> None:
+        assert operator.command("scale", "--generators", "2").exit_code == 0
+        operator.wait_for(lambda now: now["generators"]["wanted"] == 2)
         kill_a_rank()  # before or soon after the first checkpoint
         reached = operator.wait_for(lambda now: "going on from step" in caplog.text and now["step"] >= 20)["step"]
         kill_a_rank()
         operator.wait_for(lambda now: caplog.text.count("going on from step") == 2 and now["step"] > reached + 10)
+        assert rlhf_ray.status(operator.run_dir)["generators"]["wanted"] == 2
 
     config = make_config(learner={"ranks": 2}, ppo={"checkpoint_every": 5})
     summary = operated(config, work)
