@@ -117,7 +117,7 @@ class LearnerWorker(PulsingWorker):
 
 
 class LearnerRank(ActorClient):
-    """Client of one rank's actor, which may have started to load once all of them have a place."""
+    """Client of one rank's actor."""
 
     def call(self, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
         """What the method returns. Raises what ``answer`` does."""
@@ -231,11 +231,10 @@ class RayLearner:
         errors = [error for call in calls if call.done() and not call.cancelled() and (error := call.exception())]
         if not errors:
             return [call.result() for call in calls]
-        kinds = (WorkerDiedError, RlhfRayError)
-        cause = next((error for kind in kinds for error in errors if isinstance(error, kind)), errors[0])
-        if isinstance(cause, WorkerDiedError):
-            raise LearnerDiedError(str(cause)) from cause
-        raise cause
+        if deaths := [error for error in errors if isinstance(error, WorkerDiedError)]:
+            # A rank that hangs has the others wait for it, so that they seem to hang too: tell of all.
+            raise LearnerDiedError("; ".join(map(str, deaths))) from deaths[0]
+        raise next((error for error in errors if isinstance(error, RlhfRayError)), errors[0])
 
 
 async def _up(rank: LearnerRank, store: asyncio.Future[tuple[str, int] | None]) -> None:

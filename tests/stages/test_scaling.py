@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import threading
 import time
@@ -225,14 +226,15 @@ def test_large_responses_that_go_with_their_node_are_made_again(
     assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
 
 
-def kill_a_rank() -> None:
-    """SIGKILL to one of the learner's processes, as soon as there is one."""
+def kill_a_rank(how: signal.Signals = signal.SIGKILL) -> psutil.Process:
+    """A signal to one of the learner's processes, as soon as there is one."""
     while not (ranks := [p for p in psutil.Process().children(recursive=True) if "LearnerWorker" in p.name()]):
         time.sleep(0.1)
-    ranks[-1].send_signal(signal.SIGKILL)
+    ranks[-1].send_signal(how)
+    return ranks[-1]
 
 
-def test_when_a_rank_of_the_learner_dies_the_run_goes_on_from_its_newest_checkpoint(
+def test_when_a_rank_of_the_learner_dies_or_hangs_the_run_goes_on_from_its_newest_checkpoint(
     cluster: None, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     def work(operator: Operator) -> None:
@@ -240,11 +242,13 @@ def test_when_a_rank_of_the_learner_dies_the_run_goes_on_from_its_newest_checkpo
         operator.wait_for(lambda now: now["generators"]["wanted"] == 2)
         kill_a_rank()  # before or soon after the first checkpoint
         reached = operator.wait_for(lambda now: "going on from step" in caplog.text and now["step"] >= 20)["step"]
-        kill_a_rank()
+        hung = kill_a_rank(signal.SIGSTOP)
         operator.wait_for(lambda now: caplog.text.count("going on from step") == 2 and now["step"] > reached + 10)
         assert rlhf_ray.status(operator.run_dir)["generators"]["wanted"] == 2
+        hung.wait(PATIENCE_SECONDS)
 
     config = make_config(learner={"ranks": 2}, ppo={"checkpoint_every": 5})
+    config = config.model_copy(update={"hang_timeout_s": 60.0})
     summary = operated(config, work)
     assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
     rows = read_lines(config.run_dir / "metrics.jsonl")
@@ -253,7 +257,8 @@ def test_when_a_rank_of_the_learner_dies_the_run_goes_on_from_its_newest_checkpo
     assert checkpoint is not None
     ledger = load_state(checkpoint / "pipeline")["ledger"]
     assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
-    assert "rank 1 of the learner died" in caplog.text
+    assert re.search("rank [01] of the learner died while ", caplog.text)
+    assert re.search("rank [01] of the learner hung while .*did not answer for 60 s", caplog.text)
 
 
 def test_a_learner_that_dies_again_and_again_ends_the_run_with_the_cause(
