@@ -574,7 +574,18 @@ class ServedScorerConfig(ScorerConfig):
     kind: Literal["served"] = Field(description="served: the reward model of section serve; at most one.")
 
 
-class RemoteScorerConfig(ScorerConfig):
+class ActorScorerConfig(ScorerConfig):
+    """What runs in a process of its own."""
+
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="Replacements of its dead process before the run ends with the cause; lost nodes do not count, nor "
+        "deaths on prompts that are quarantined.",
+    )
+
+
+class RemoteScorerConfig(ActorScorerConfig):
     """A reward service that somebody else keeps up."""
 
     kind: Literal["remote"] = Field(description="remote: a reward service elsewhere, over HTTP.")
@@ -589,7 +600,7 @@ class RemoteScorerConfig(ScorerConfig):
     tries: int = Field(8, ge=1, description="Calls for one response before the run ends; 8 take about a minute.")
 
 
-class FunctionScorerConfig(ScorerConfig):
+class FunctionScorerConfig(ActorScorerConfig):
     """A Python function."""
 
     kind: Literal["function"] = Field(description="function: a Python function with TRL's reward signature.")

@@ -65,6 +65,10 @@ class Scorer(Protocol):
         ...
 
 
+class ScorerProcess(Worker, Scorer, Protocol):
+    """A scorer in a process of its own."""
+
+
 class Learner(Protocol):
     """Takes gradient steps and publishes policies."""
 

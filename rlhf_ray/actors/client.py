@@ -160,7 +160,7 @@ class ActorClient:
     def _last_seen(self) -> str:
         if self._pulse is None:
             return " while it started"
-        doing = f"while {self._pulse.phase}" if self._pulse.busy else "while it had nothing to do"
+        doing = "while it had nothing to do" if self._pulse.phase == "idle" else f"while {self._pulse.phase}"
         return f" {doing} (peak memory {self._pulse.peak_bytes / 1e9:.2f} GB)"
 
 

@@ -39,7 +39,7 @@ class Pulse:
     progress: int
     """Pieces of work done since it started."""
     busy: bool
-    """It has a piece of work under way."""
+    """It has work under way that is to get on."""
     peak_bytes: int
     """Most memory that the process has held."""
 
@@ -50,6 +50,8 @@ class PulsingWorker:
     def __init__(self) -> None:
         self._phase = "idle"
         self._progress = 0
+        self._pieces = 0
+        self._watched = 0
         self._calls_loop: asyncio.AbstractEventLoop | None = None
 
     async def place(self) -> Place:
@@ -67,7 +69,7 @@ class PulsingWorker:
         return Pulse(
             phase=self._phase,
             progress=self._progress,
-            busy=self._phase != "idle",
+            busy=self._watched > 0,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
@@ -76,14 +78,23 @@ class PulsingWorker:
         self._progress += 1
 
     @contextmanager
-    def _working(self, phase: str) -> Iterator[None]:
-        """A piece of work; one at a time."""
+    def _working(self, phase: str, *, bounded: bool = False) -> Iterator[None]:
+        """A piece of work; several may be under way, all of them begun and ended in the same thread.
+
+        Args:
+            bounded: it ends by time limits of its own, and is not taken for hung before.
+        """
         self._phase = phase
+        self._pieces += 1
+        self._watched += not bounded
         try:
             yield
         finally:
             self._progress += 1
-            self._phase = "idle"
+            self._watched -= not bounded
+            self._pieces -= 1
+            if self._pieces == 0:
+                self._phase = "idle"
 
 
 def place() -> Place:

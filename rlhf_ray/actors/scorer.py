@@ -7,18 +7,23 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from rlhf_ray.cluster import DEATHS, start_actor
+from rlhf_ray.actors.client import ActorClient
+from rlhf_ray.actors.pulse import PulsingWorker
+from rlhf_ray.actors.starting import ActorStarter
+from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
-from rlhf_ray.errors import DataLostError, NoScoreError, ScorerError, WorkerDiedError
+from rlhf_ray.errors import DataLostError, NoScoreError, ScorerError
 from rlhf_ray.interfaces import Scorer
+from rlhf_ray.pipeline.loop import first_error
+from rlhf_ray.pipeline.pool import ScorerPool
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.roles.function_scorer import FunctionScorer
 from rlhf_ray.roles.remote_scorer import RemoteScorer
@@ -79,89 +84,130 @@ class ServedScorer:
         raise AssertionError("unreachable: the last try returns or raises")
 
 
-class ScorerWorker:
-    """Runs one scorer that reads the rollout itself, which Ray has opened here."""
+class ScorerWorker(PulsingWorker):
+    """Runs one scorer that reads the rollout itself, which Ray has opened here.
 
-    def __init__(self, make: Callable[[], Scorer]) -> None:
+    Args:
+        make: makes the scorer.
+        bounded: each of its calls ends by time limits of its own.
+    """
+
+    def __init__(self, make: Callable[[], Scorer], *, bounded: bool) -> None:
+        super().__init__()
         self._make = make
+        self._bounded = bounded
         self._scorer: Scorer | None = None
 
     async def ready(self) -> None:
         """Makes the scorer, once. Not in the constructor: an error there would reach the driver as a mere death."""
         if self._scorer is None:
-            self._scorer = self._make()
+            with self._working("loading"):
+                self._scorer = await asyncio.to_thread(self._make)
 
     async def score(self, rollout: Rollout) -> Score:
         assert self._scorer is not None, "ready() comes first"
-        return await self._scorer.score(rollout)
+        with self._working("scoring", bounded=self._bounded):
+            return await self._scorer.score(rollout)
 
 
-class ActorScorer:
-    """Client of a ``ScorerWorker``; satisfies ``interfaces.Scorer``."""
+CONCURRENT_CALLS = 1000
+"""Calls that one process may have at once."""
 
-    def __init__(self, name: str, actor: Any) -> None:
-        self._name = name
-        self._actor = actor
+
+class ActorScorer(ActorClient):
+    """Client of a ``ScorerWorker`` actor; satisfies ``interfaces.ScorerProcess``."""
 
     @classmethod
-    def start(cls, name: str, make: Callable[[], Scorer]) -> ActorScorer:
-        """Start the actor; ``ready_ref`` tells when it is up. It mostly waits for others, and reserves nothing."""
-        return cls(name, start_actor(ScorerWorker, make, num_cpus=0, num_gpus=0, threads=1, concurrency=1000))
-
-    def ready_ref(self) -> Any:
-        """Ref that resolves when the actor is up."""
-        return self._actor.ready.remote()
+    def start(cls, name: str, config: RunConfig, section: RemoteScorerConfig | FunctionScorerConfig) -> ActorScorer:
+        """Start the actor; ``ready`` waits for its scorer. It mostly waits for others, and reserves nothing."""
+        actor = start_actor(
+            ScorerWorker,
+            _maker(section),
+            bounded=section.kind == "remote",  # a far service may be away for longer than hang_timeout_s
+            num_cpus=0,
+            num_gpus=0,
+            threads=1,
+            concurrency=CONCURRENT_CALLS,
+        )
+        return cls(name, actor, hang_timeout_s=config.hang_timeout_s)
 
     async def score(self, rollout: Ref) -> Score:
         try:
-            score: Score = await self._actor.score.remote(rollout)
-        except DEATHS as error:
-            raise WorkerDiedError(f"the process of scorer {self._name} died: {error}") from error
+            score: Score = await self.answer(self._actor.score.remote(rollout))
         except RayTaskError as error:
             _raise_own(error)
             raise
         return score
 
-    def close(self) -> None:
-        """End the actor."""
-        ray.kill(self._actor)
-
 
 class RayScorers:
-    """Every scorer of a run, and their weighted sum; satisfies ``interfaces.Scorer``."""
+    """Every scorer of a run, and their weighted sum; satisfies ``interfaces.Scorer``.
 
-    def __init__(self, weighted: WeightedScorer, actors: Mapping[str, ActorScorer]) -> None:
+    Attributes:
+        pools: of those that run in a process of their own: to be started, by ``Pipeline`` or ``running``.
+    """
+
+    def __init__(
+        self, weighted: WeightedScorer, pools: Sequence[ScorerPool], starters: Sequence[ActorStarter[ActorScorer]]
+    ) -> None:
+        self.pools = tuple(pools)
         self._weighted = weighted
-        self._actors = dict(actors)
+        self._starters = tuple(starters)
 
     @classmethod
     def start(cls, config: RunConfig, handle: Any) -> RayScorers:
-        """Start what ``scorers`` lists; ``ready_refs`` tells when it is up.
+        """Start the processes of what ``scorers`` lists; their pools wait for them.
 
         Args:
             handle: of the served reward model; None where no scorer is of kind served.
         """
         scorers: dict[str, tuple[float, Scorer]] = {}
-        actors: dict[str, ActorScorer] = {}
-        for section in config.scorers:
+        pools: list[ScorerPool] = []
+        starters: list[ActorStarter[ActorScorer]] = []
+        for place, section in enumerate(config.scorers):
             if section.kind == "served":
                 scorers[section.name] = section.weight, ServedScorer(handle)
-            else:
-                actors[section.name] = ActorScorer.start(section.name, _maker(section))
-                scorers[section.name] = section.weight, actors[section.name]
-        return cls(WeightedScorer(scorers), actors)
-
-    def ready_refs(self) -> dict[str, Any]:
-        """Name → ref that resolves when that actor is up."""
-        return {f"scorer {name}": actor.ready_ref() for name, actor in self._actors.items()}
+                continue
+            start = partial(ActorScorer.start, config=config, section=section)
+            starter = ActorStarter(start, ahead=[f"scorer {section.name}-0"])
+            pool = ScorerPool(
+                starter,
+                name=section.name,
+                section=f"scorers.{place}",
+                max_concurrent=CONCURRENT_CALLS,
+                max_restarts=section.max_restarts,
+                max_prompt_tries=config.ppo.max_prompt_tries,
+            )
+            scorers[section.name] = section.weight, pool
+            pools.append(pool)
+            starters.append(starter)
+        return cls(WeightedScorer(scorers), pools, starters)
 
     async def score(self, rollout: Ref) -> Score:
         return await self._weighted.score(rollout)
 
-    def close(self) -> None:
-        """End the actors."""
-        for actor in self._actors.values():
-            actor.close()
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the pools for the block, where there is no ``Pipeline`` that does; ``close`` comes with its end.
+
+        Raises:
+            RlhfRayError: or whatever else a pool or the block raised first, itself and not in a group.
+        """
+        try:
+            async with asyncio.TaskGroup() as lives:
+                for pool in self.pools:
+                    pool.start(lives)
+                yield
+                await self.close()
+        except BaseExceptionGroup as group:
+            cause = first_error(group)
+            raise cause from cause.__cause__
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """End the processes. May be called again."""
+        await asyncio.gather(*(pool.close() for pool in self.pools), *(starter.close() for starter in self._starters))
 
 
 def _maker(section: RemoteScorerConfig | FunctionScorerConfig) -> Callable[[], Scorer]:

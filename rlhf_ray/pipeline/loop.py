@@ -15,7 +15,7 @@
                                                        the buffer's rule lets go
 
 One pipeline: with ``max_staleness`` 0 there are slots for one batch only, and this is synchronous training. Workers of
-both pools may join, leave and die meanwhile. Refs pass through unopened. Exactly as many prompts are issued as the
+all pools may join, leave and die meanwhile. Refs pass through unopened. Exactly as many prompts are issued as the
 steps need, and one more for each that is quarantined. The first task that fails ends all others, and ``run`` raises its
 error; one more task, the watchdog, fails when nothing moves any more.
 """
@@ -34,11 +34,11 @@ from rlhf_ray.interfaces import Checkpoints, Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
 from rlhf_ray.pipeline.ledger import Ledger
 from rlhf_ray.pipeline.occupancy import Occupancy
-from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool, ScorerPool
 from rlhf_ray.pipeline.summary import RunSummary, Tally
 from rlhf_ray.pipeline.watchdog import Watchdog
 from rlhf_ray.pipeline.weight_sync import WeightSync
-from rlhf_ray.pipeline.workers import WorkerState
+from rlhf_ray.pipeline.workers import WorkerPool, WorkerState
 from rlhf_ray.types import ExperienceRefs, Prompt, Ref, ScoredPrompt
 
 __all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error", "quarantined"]
@@ -75,6 +75,7 @@ class Pipeline:
 
     Args:
         references: None where the learner is the reference too.
+        scorer_pools: what ``scorer`` asks and is to run while the loop does.
         parity_tolerance: largest sampler-learner log-probability gap, nats (``ppo.parity_tolerance``, resolved).
         hang_timeout_s: the run ends when nothing moves for so long and no worker is at work (``watchdog.py``).
         on_step: is given each step's metrics and the learner's sample rows.
@@ -94,6 +95,7 @@ class Pipeline:
         pool: GeneratorPool,
         references: ReferencePool | None,
         scorer: Scorer,
+        scorer_pools: Sequence[ScorerPool] = (),
         learner: Learner,
         controller: KLController,
         config: PPOConfig,
@@ -117,9 +119,9 @@ class Pipeline:
         self._ledger = Ledger()
         self._tally = Tally()
         self._occupancy = Occupancy(_now)
-        pools = (pool,) if references is None else (pool, references)
+        self._pools: list[WorkerPool[Any]] = [p for p in (pool, references, *scorer_pools) if p is not None]
         self._watchdog = Watchdog(
-            self._occupancy, pools, timeout_s=hang_timeout_s, now=_now, state=lambda: self.status()
+            self._occupancy, self._pools, timeout_s=hang_timeout_s, now=_now, state=lambda: self.status()
         )
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
@@ -146,9 +148,8 @@ class Pipeline:
                     self._ledger.unscored(prompt_id)
                 self._restored = ()
                 self._interrupted.extend(self._ledger.unfinished())
-                self._pool.start(tasks)
-                if self._references is not None:
-                    self._references.start(tasks)
+                for pool in self._pools:
+                    pool.start(tasks)
                 feeder = tasks.create_task(self._feed(tasks), name="feeder")
                 watchdog = tasks.create_task(self._watchdog.watch(), name="watchdog")
                 await self._learn()
@@ -383,8 +384,7 @@ class Pipeline:
         }
 
     async def _close_pools(self) -> None:
-        pools = (self._pool, self._references)
-        await asyncio.gather(*(pool.close() for pool in pools if pool is not None))
+        await asyncio.gather(*(pool.close() for pool in self._pools))
 
     def _due(self) -> Iterator[int]:
         """Ids without end, each issued as it is taken: interrupted ones first."""
@@ -421,9 +421,10 @@ class Pipeline:
         finished = f"{len(self._buffer.finished_ids())} finished of a batch of {self._config.prompts_per_step}"
         workers = ", ".join(f"{name} {state.value}" for name, state in self._pool.states().items())
         said = f"prompts: {', '.join([*prompts, finished])}; generators: {workers or 'none'}"
-        references = self._references.states() if self._references is not None else {}
-        if references and WorkerState.READY not in references.values():
-            said += f"; references: {', '.join(f'{name} {state.value}' for name, state in references.items())}"
+        for pool in self._pools[1:]:
+            states = pool.states()
+            if states and WorkerState.READY not in states.values():
+                said += f"; waiting for {', '.join(f'{name} {state.value}' for name, state in states.items())}"
         return said
 
 

@@ -1,4 +1,4 @@
-"""The two pools of the loop: generators, which must have the newest policy, and references, which never change.
+"""The pools of the loop: generators, which must have the newest policy; references and scorers, which never change.
 
 A generator's state (``workers.py``) is about versions: STALE until it has acknowledged the newest policy, READY while
 it serves that, STALE again when a newer one is out. Only READY workers are given prompts, so whoever joins or comes
@@ -8,12 +8,12 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from rlhf_ray.errors import DataLostError, StalenessError, WorkerDiedError
-from rlhf_ray.interfaces import Generator, Reference
+from rlhf_ray.interfaces import Generator, Reference, ScorerProcess
 from rlhf_ray.pipeline.workers import Member, WorkerPool
-from rlhf_ray.types import Prompt, Ref, RolloutReceipt, VersionedWeights, WeightAck
+from rlhf_ray.types import Prompt, Ref, RolloutReceipt, Score, VersionedWeights, WeightAck
 
 
 class GeneratorPool(WorkerPool[Generator]):
@@ -22,7 +22,7 @@ class GeneratorPool(WorkerPool[Generator]):
     Arguments: see ``WorkerPool``.
     """
 
-    kind = "generator"
+    kind = section = "generator"
 
     _published: tuple[VersionedWeights, Callable[[WeightAck], None]] | None = None
 
@@ -88,7 +88,7 @@ class GeneratorPool(WorkerPool[Generator]):
 class ReferencePool(WorkerPool[Reference]):
     """Owns the references: brings them up, gives them rollouts, replaces the dead. Arguments: see ``WorkerPool``."""
 
-    kind = "reference"
+    kind = section = "reference"
 
     async def logprobs(self, prompt: Prompt, rollout: Ref) -> Ref:
         """See ``interfaces.Reference``: by the least loaded one, and by another one if that dies.
@@ -106,5 +106,51 @@ class ReferencePool(WorkerPool[Reference]):
                 f"a response to prompt {prompt.named()} was given to {tries} references and each died; lower "
                 "reference.max_batch_tokens if memory ran out, or raise ppo.max_prompt_tries if the deaths have "
                 "another cause"
+            ),
+        )
+
+
+class ScorerPool(WorkerPool[ScorerProcess]):
+    """One scorer in a process of its own, which is replaced when it dies; satisfies ``interfaces.Scorer``.
+
+    Args:
+        name: of the scorer, as people know it.
+        section: its place in the configuration, such as ``scorers.0``.
+
+    Other arguments: see ``WorkerPool``.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[str], Awaitable[ScorerProcess]],
+        *,
+        name: str,
+        section: str,
+        max_concurrent: int,
+        max_restarts: int,
+        max_prompt_tries: int,
+    ) -> None:
+        super().__init__(
+            factory,
+            count=1,
+            max_concurrent=max_concurrent,
+            max_restarts=max_restarts,
+            max_prompt_tries=max_prompt_tries,
+        )
+        self.kind = f"scorer {name}"
+        self.section = section
+
+    async def score(self, rollout: Ref) -> Score:
+        """See ``interfaces.Scorer``: again by the next process if this one dies.
+
+        Raises:
+            PromptError: ``max_prompt_tries`` processes died on this rollout.
+            WorkerDiedError: more processes died than ``max_restarts`` replaces.
+        """
+        return await self._call(
+            lambda member, scorer: scorer.score(rollout),
+            lambda tries: (
+                f"a response was given to {tries} processes of {self.kind} and each died; mend the scorer, or raise "
+                "ppo.max_prompt_tries if the deaths have another cause"
             ),
         )

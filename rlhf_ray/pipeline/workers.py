@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlhf_ray.errors import NodeLostError, PromptError, RlhfRayError, WorkerDiedError
 from rlhf_ray.interfaces import Worker
@@ -123,8 +123,10 @@ class WorkerPool(Generic[W]):
         shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
     """
 
-    kind: ClassVar[str]
-    """Section of the configuration, and what workers' names begin with."""
+    kind: str
+    """What workers' names begin with."""
+    section: str
+    """Of the configuration."""
 
     def __init__(
         self,
@@ -368,8 +370,8 @@ class WorkerPool(Generic[W]):
         counts = not leaving and not node_lost
         if counts and self._restarts >= self._max_restarts:
             raise WorkerDiedError(
-                f"{member.name} died and {self.kind}.max_restarts = {self._max_restarts} replacements are used up; "
-                f"mend the cause, or raise {self.kind}.max_restarts: {error}"
+                f"{member.name} died and {self.section}.max_restarts = {self._max_restarts} replacements are used up; "
+                f"mend the cause, or raise {self.section}.max_restarts: {error}"
             ) from error
         self._restarts += counts
         fate = f"replacing it ({self._restarts} of {self._max_restarts})"

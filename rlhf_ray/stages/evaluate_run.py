@@ -78,14 +78,13 @@ def run_evaluate(
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(reference))
             handle = stack.enter_context(reward_handle(config, reward_folder, service))
-            scorers = None
-            if scored:
-                scorers = stack.enter_context(contextlib.closing(RayScorers.start(config, handle)))
             evaluation = evaluate(
                 config,
                 sample=sample,
                 gold=gold,
-                measure=lambda rollouts: asyncio.run(_measure(scorers, reference, rollouts)),
+                measure=lambda rollouts: asyncio.run(
+                    _measure(RayScorers.start(config, handle) if scored else None, reference, rollouts)
+                ),
             )
     return evaluation
 
@@ -108,14 +107,14 @@ async def _measure(
 
 
 async def _scores(scorers: RayScorers, rollouts: Sequence[Rollout]) -> list[Score]:
-    await wait_ready(scorers.ready_refs())
     places = asyncio.Semaphore(CONCURRENT_SCORES)
 
     async def score(rollout: Rollout) -> Score:
         async with places:
             return await scorers.score(ray.put(rollout))
 
-    return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
+    async with scorers.running():
+        return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
 
 
 async def _logprobs(reference: RayReference, rollouts: Sequence[Rollout]) -> list[np.ndarray]:

@@ -264,6 +264,7 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
             pool=workers.generators,
             references=workers.references,
             scorer=workers.scorers,
+            scorer_pools=workers.scorers.pools,
             learner=learner,
             controller=kl_controller(kl.controller, coef=kl.coef, target=kl.target, horizon=kl.horizon),
             config=config.ppo,
@@ -308,7 +309,7 @@ async def _start_workers(run: _Run, stack: AsyncExitStack, asked: Mapping[str, i
         references = ReferencePool(starter, **_size(config, config.reference, CONCURRENT_CALLS))
         elastic["references"] = ElasticPool(config.reference, references, starter)
     scorers = RayScorers.start(config, handle)
-    stack.callback(scorers.close)
+    stack.push_async_callback(scorers.close)
     options = engine_options(config, folder, context_length=prepared.context_length)
     starter = _starter(config.generator, "generator", lambda name: RayGenerator.start(name, config, options), asked)
     stack.push_async_callback(starter.close)
@@ -317,7 +318,7 @@ async def _start_workers(run: _Run, stack: AsyncExitStack, asked: Mapping[str, i
     elastic["generators"] = ElasticPool(config.generator, generators, starter)
     for name, number in asked.items():
         elastic[name].scale(number)
-    await wait_ready({**learner.ready_refs(), **scorers.ready_refs()})
+    await wait_ready(learner.ready_refs())
     service = handle.app_name if handle is not None else None
     return Workers(learner, scorers, generators, references, elastic, service)
 

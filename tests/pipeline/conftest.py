@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_ray.algorithms.kl import FixedKL
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.interfaces import Scorer
 from rlhf_ray.pipeline.loop import Pipeline, RunSummary
-from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
+from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool, ScorerPool
 from rlhf_ray.testing import (
     FakeCheckpoints,
     FakeGenerator,
@@ -35,7 +36,8 @@ class Run:
     max_prompt_tries: int = 3
     start_seconds: float = 0.0
     prompts: FakePrompts = field(default_factory=FakePrompts)
-    scorer: FakeScorer = field(default_factory=FakeScorer)
+    scorer: Scorer = field(default_factory=FakeScorer)
+    scorer_pools: Sequence[ScorerPool] = ()
     make_reference: Callable[[str], FakeReference] = FakeReference
     reference_count: int = 1
     learner: FakeLearner = field(default_factory=FakeLearner)
@@ -73,6 +75,7 @@ class Run:
             pool=self.pool,
             references=self.reference_pool,
             scorer=self.scorer,
+            scorer_pools=self.scorer_pools,
             learner=self.learner,
             controller=self.controller,
             config=self.config,

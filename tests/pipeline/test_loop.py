@@ -27,6 +27,7 @@ from rlhf_ray.errors import (
 )
 from rlhf_ray.pipeline import loop
 from rlhf_ray.pipeline.loop import RunSummary
+from rlhf_ray.pipeline.pool import ScorerPool
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.testing import (
     FakeCheckpoint,
@@ -38,6 +39,7 @@ from rlhf_ray.testing import (
     FakeScorer,
     simulate,
     uniform_seconds,
+    worker_factory,
 )
 from rlhf_ray.types import Ref, Score, StepReport, VersionedWeights
 
@@ -229,6 +231,44 @@ def test_a_response_that_is_lost_before_it_is_scored_is_sampled_again(
     assert sorted(run.trained_ids) == list(range(16))
     assert (summary.status, summary.lost, summary.trained_twice, summary.quarantined) == ("finished", 0, 0, 0)
     assert caplog.text.count("is sampled again: it went with its node") == 3
+
+
+def test_a_scorer_whose_process_dies_is_replaced_and_every_response_gets_its_score(make_run) -> None:
+    class Process(FakeScorer):
+        node = "here"
+
+        def __init__(self, name: str) -> None:
+            super().__init__(seconds=1.0)
+            self.name = name
+            self.closed = False
+
+        async def score(self, rollout: Ref) -> Score:
+            if self.name == "scorer judge-0" and self.calls == 3:
+                raise WorkerDiedError(f"{self.name} died (fault injection)")
+            return await super().score(rollout)
+
+        async def close(self) -> None:
+            self.closed = True
+
+    processes: list[Process] = []
+
+    def make(name: str) -> Process:
+        processes.append(Process(name))
+        return processes[-1]
+
+    pool = ScorerPool(
+        worker_factory(make),
+        name="judge",
+        section="scorers.0",
+        max_concurrent=4,
+        max_restarts=1,
+        max_prompt_tries=2,
+    )
+    summary = make_run(scorer=pool, scorer_pools=[pool]).go()
+    assert [process.name for process in processes] == ["scorer judge-0", "scorer judge-1"]
+    assert processes[1].calls > 3
+    assert processes[1].closed
+    assert (summary.status, summary.lost, summary.trained_twice, summary.quarantined) == ("finished", 0, 0, 0)
 
 
 def test_a_response_that_is_lost_after_it_was_scored_ends_the_loop(make_run) -> None:
