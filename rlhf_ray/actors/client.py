@@ -25,6 +25,12 @@ REFUSALS = 2
 """While a worker does not answer, its node is looked at so often; one that refuses so many times in a row is gone. Ray
 takes several times as long to notice."""
 
+CAUSE_CHARACTERS = 300
+"""Of Ray's account of a death that a message repeats."""
+
+WITH_ITS_NODE = "its node has died"
+"""How Ray says so of an actor that it had sent to a node which was gone already, and that has no place yet."""
+
 
 class ActorClient:
     """What the clients of a pool's actors have in common. The actor is a ``PulsingWorker``.
@@ -94,8 +100,7 @@ class ActorClient:
                     raise await asyncio.shield(self._verdict)
             return await answer
         except DEATHS as error:
-            cause = " ".join(str(error).split())[:300]
-            raise await asyncio.shield(self._judge("died", cause)) from error
+            raise await asyncio.shield(self._judge("died", str(error))) from error
         except ObjectLostError as error:
             raise DataLostError(f"what {self.name} was to read went with the node that held it") from error
         finally:
@@ -112,7 +117,7 @@ class ActorClient:
                 self._judge("hung", f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)")
                 return
             except DEATHS as error:
-                self._judge("died", " ".join(str(error).split())[:300])
+                self._judge("died", str(error))
                 return
             before, self._pulse = self._pulse, pulse
             if before is None or not pulse.busy or pulse.progress != before.progress:
@@ -147,15 +152,17 @@ class ActorClient:
         return self._verdict
 
     async def _find_out(self, fate: str, cause: str) -> WorkerDiedError:
+        told = " ".join(cause.split())[:CAUSE_CHARACTERS]
         if self._place is None:
-            return WorkerDiedError(f"{self.name} died while it started: {cause}")
+            kind = NodeLostError if WITH_ITS_NODE in cause else WorkerDiedError
+            return kind(f"{self.name} died while it started: {told}")
         if await asyncio.to_thread(node_is_gone, self._place.node_id):
-            return NodeLostError(f"{self.name} died{self._last_seen()}: its node is gone, and its log with it; {cause}")
+            return NodeLostError(f"{self.name} died{self._last_seen()}: its node is gone, and its log with it; {told}")
         hung = fate == "hung"
         found = await gather_evidence(self._place, hung=hung)
         if hung:
             log.warning("%s hung; its stacks: %s", self.name, found.stacks or "none, the process does not run")
-        return WorkerDiedError(f"{self.name} {fate}{self._last_seen()}: {cause}{_told(found)}")
+        return WorkerDiedError(f"{self.name} {fate}{self._last_seen()}: {told}{_account(found)}")
 
     def _last_seen(self) -> str:
         if self._pulse is None:
@@ -164,7 +171,7 @@ class ActorClient:
         return f" {doing} (peak memory {self._pulse.peak_bytes / 1e9:.2f} GB)"
 
 
-def _told(found: Evidence) -> str:
+def _account(found: Evidence) -> str:
     """The evidence as the end of a message."""
     shortage = f"; {found.shortage}" if found.shortage else ""
     lines = "".join(f"\n  {line}" for line in found.log)
