@@ -11,6 +11,7 @@
     ├── StalenessError (RuntimeError) an experience older than ``ppo.max_staleness`` reached the learner (a bug)
     ├── PromptError (RuntimeError)   no worker can work on this prompt: it is quarantined, and the run goes on
     ├── ScorerError (RuntimeError)   a score could not be had
+    │   ├── ForwardFailedError   the reward model broke on a batch; another try may go well
     │   └── NoScoreError (PromptError) a scorer gave no finite number for this response
     ├── DataLostError (RuntimeError) a rollout went with the node that held it: it is made again
     ├── HangError (RuntimeError)     the loop stands still, and no worker is at work
@@ -67,6 +68,10 @@ class ScorerError(RlhfRayError, RuntimeError):
 
 class PromptError(RlhfRayError, RuntimeError):
     """No worker can work on this prompt or on a response to it; it is quarantined."""
+
+
+class ForwardFailedError(ScorerError):
+    """A forward of the reward model failed as a whole, as for want of memory: no word on a single response."""
 
 
 class NoScoreError(ScorerError, PromptError):

@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayError
 
 from rlhf_ray.actors.evidence import Evidence, gather_evidence
-from rlhf_ray.actors.pulse import Place, Pulse
+from rlhf_ray.actors.pulse import LOADING, Place, Pulse
 from rlhf_ray.cluster import DEATHS, node_is_gone
 from rlhf_ray.errors import DataLostError, NodeLostError, WorkerDiedError
 
@@ -25,6 +25,9 @@ REFUSALS = 2
 """While a worker does not answer, its node is looked at so often; one that refuses so many times in a row is gone. Ray
 takes several times as long to notice."""
 
+LOADING_FACTOR = 6
+"""How many times longer than other work the loading of a model may go on without a sign of progress."""
+
 CAUSE_CHARACTERS = 300
 """Of Ray's account of a death that a message repeats."""
 
@@ -35,8 +38,9 @@ WITH_ITS_NODE = "its node has died"
 class ActorClient:
     """What the clients of a pool's actors have in common. The actor is a ``PulsingWorker``.
 
-    From the moment it is placed it is watched: one that has work and makes no progress for ``hang_timeout_s``, or does
-    not answer for so long, is ended, and every call under way raises ``WorkerDiedError``.
+    From the moment it is placed it is watched: one that has work and makes no progress for ``hang_timeout_s`` (loading:
+    six times that), or does not answer for so long, is ended, and every call under way raises ``WorkerDiedError``. Time
+    in which this process did not run itself, as after Ctrl-Z, does not count.
     """
 
     def __init__(self, name: str, actor: Any, *, hang_timeout_s: float) -> None:
@@ -44,6 +48,7 @@ class ActorClient:
         self.node = ""
         self._actor = actor
         self._hang_timeout_s = hang_timeout_s
+        self._calls = 0
         self._place: Place | None = None
         self._pulse: Pulse | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -93,6 +98,7 @@ class ActorClient:
             DataLostError: an argument of the call is.
         """
         answer = asyncio.wrap_future(ref.future())
+        self._calls += 1
         try:
             if self._watching is not None:
                 await asyncio.wait({answer, self._watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -104,43 +110,55 @@ class ActorClient:
         except ObjectLostError as error:
             raise DataLostError(f"what {self.name} was to read went with the node that held it") from error
         finally:
+            self._calls -= 1
             answer.cancel()
 
     async def _watch(self) -> None:
         """Returns when the worker has died or hangs, with ``_verdict`` set."""
-        moved = time.monotonic()
+        quiet = 0.0
         while True:
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(self._hang_timeout_s):
-                    pulse = await self._pulse_or_loss()
+                pulse = await self._next_pulse()
             except TimeoutError:
                 self._judge("hung", f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)")
                 return
             except DEATHS as error:
                 self._judge("died", str(error))
                 return
+            except RayError as error:
+                log.warning("%s could not be asked how it is doing, and is asked again: %s", self.name, error)
+                await asyncio.sleep(PULSE_SECONDS)
+                continue
             before, self._pulse = self._pulse, pulse
-            if before is None or not pulse.busy or pulse.progress != before.progress:
-                moved = time.monotonic()
-            elif time.monotonic() - moved > self._hang_timeout_s:
-                self._judge("hung", f"no progress for {self._hang_timeout_s:g} s (hang_timeout_s)")
+            idle = not pulse.busy and (pulse.bounded or not self._calls)
+            if before is None or idle or pulse.progress != before.progress:
+                quiet = 0.0
+            limit = self._hang_timeout_s * (LOADING_FACTOR if pulse.phase.startswith(LOADING) else 1)
+            if quiet > limit:
+                self._judge("hung", f"no progress for {limit:g} s (hang_timeout_s = {self._hang_timeout_s:g})")
                 return
             await asyncio.sleep(min(PULSE_SECONDS, self._hang_timeout_s / 4))
+            quiet += min(time.monotonic() - began, DOUBT_SECONDS + 2 * PULSE_SECONDS)
 
-    async def _pulse_or_loss(self) -> Pulse:
+    async def _next_pulse(self) -> Pulse:
         """What the worker says of itself.
 
         Raises:
+            TimeoutError: it says nothing for ``hang_timeout_s``.
             NodeDiedError: its node does not answer, twice in a row.
         """
         assert self._place is not None
         pulse: asyncio.Future[Pulse] = asyncio.wrap_future(self._actor.pulse.remote().future())
-        refusals = 0
+        refusals, waited = 0, 0.0
         try:
-            while not (await asyncio.wait({pulse}, timeout=DOUBT_SECONDS))[0]:
+            while not (await asyncio.wait({pulse}, timeout=min(DOUBT_SECONDS, self._hang_timeout_s)))[0]:
+                waited += min(DOUBT_SECONDS, self._hang_timeout_s)
                 refusals = refusals + 1 if await asyncio.to_thread(node_is_gone, self._place.node_id) else 0
                 if refusals == REFUSALS:
                     raise NodeDiedError("its node does not answer")
+                if waited >= self._hang_timeout_s:
+                    raise TimeoutError
             return pulse.result()
         finally:
             pulse.cancel()

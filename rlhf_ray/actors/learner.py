@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import ray
 import torch
@@ -21,6 +21,9 @@ from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import LearnerDiedError, RlhfRayError, WorkerDiedError
 from rlhf_ray.types import Experience, ExperienceRefs, Probe, Ref, StepReport, VersionedWeights
+
+if TYPE_CHECKING:
+    from rlhf_ray.roles.learner_state import LearnerCopy
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,7 +85,7 @@ class LearnerWorker(PulsingWorker):
     async def save(self, folder: str) -> None:
         """Copies; a thread writes while the next steps are taken."""
         copy = await self._work("copying for a checkpoint", self._learner.copy)
-        self._writing = self._writer.submit(copy.write, Path(folder))
+        self._writing = self._writer.submit(self._write, copy, Path(folder))
 
     async def written(self, wait: bool) -> bool:
         if not wait and not self._writing.done():
@@ -104,6 +107,10 @@ class LearnerWorker(PulsingWorker):
                 return work(*args, **kwargs)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    def _write(self, copy: LearnerCopy, folder: Path) -> None:
+        with self._working("writing a checkpoint", bounded=True):
+            copy.write(folder)
 
     def _load_model(self, store: tuple[str, int] | None) -> None:
         from rlhf_ray.roles.learner import PPOLearner

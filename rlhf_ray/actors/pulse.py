@@ -7,6 +7,7 @@ import faulthandler
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ PULSE_GROUP = "pulse"
 """Ray's concurrency group of ``pulse``: it is answered also where as many other calls as may be are under way."""
 
 
+LOADING = "loading"
+"""How phases begin that may take far longer than others without a sign: a large model is read, or compiled."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pulse:
     """An actor at one moment."""
@@ -40,6 +45,8 @@ class Pulse:
     """Pieces of work done since it started."""
     busy: bool
     """It has work under way that is to get on."""
+    bounded: bool
+    """It has work under way that ends by time limits of its own, or whose end somebody else watches."""
     peak_bytes: int
     """Most memory that the process has held."""
 
@@ -50,8 +57,9 @@ class PulsingWorker:
     def __init__(self) -> None:
         self._phase = "idle"
         self._progress = 0
-        self._pieces = 0
+        self._counting = threading.Lock()
         self._watched = 0
+        self._bounded = 0
         self._calls_loop: asyncio.AbstractEventLoop | None = None
 
     async def place(self) -> Place:
@@ -70,6 +78,7 @@ class PulsingWorker:
             phase=self._phase,
             progress=self._progress,
             busy=self._watched > 0,
+            bounded=self._bounded > 0,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
@@ -79,22 +88,25 @@ class PulsingWorker:
 
     @contextmanager
     def _working(self, phase: str, *, bounded: bool = False) -> Iterator[None]:
-        """A piece of work; several may be under way, all of them begun and ended in the same thread.
+        """A piece of work; several may be under way.
 
         Args:
-            bounded: it ends by time limits of its own, and is not taken for hung before.
+            phase: one that begins with ``LOADING`` may take longer.
+            bounded: see ``Pulse``.
         """
-        self._phase = phase
-        self._pieces += 1
-        self._watched += not bounded
+        with self._counting:
+            self._phase = phase
+            self._watched += not bounded
+            self._bounded += bounded
         try:
             yield
         finally:
-            self._progress += 1
-            self._watched -= not bounded
-            self._pieces -= 1
-            if self._pieces == 0:
-                self._phase = "idle"
+            with self._counting:
+                self._progress += 1
+                self._watched -= not bounded
+                self._bounded -= bounded
+                if not self._watched and not self._bounded:
+                    self._phase = "idle"
 
 
 def place() -> Place:

@@ -24,7 +24,7 @@ class ReferenceWorker(PulsingWorker):
 
     def __init__(self, model_options: Mapping[str, Any]) -> None:
         super().__init__()
-        self._options = dict(model_options)
+        self._options = {**model_options, "on_forward": self._advance}
         self._model: ReferenceModel | None = None
         self._calls = SharedCalls(self._forward)
 

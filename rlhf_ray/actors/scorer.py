@@ -20,7 +20,7 @@ from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.actors.starting import ActorStarter
 from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
-from rlhf_ray.errors import DataLostError, NoScoreError, ScorerError
+from rlhf_ray.errors import DataLostError, ForwardFailedError, NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
 from rlhf_ray.pipeline.loop import first_error
 from rlhf_ray.pipeline.pool import ScorerPool
@@ -31,23 +31,27 @@ from rlhf_ray.types import Ref, Rollout, Score
 
 log = logging.getLogger("rlhf_ray.scorer")
 
-_PASSING = (BackPressureError, ReplicaUnavailableError, DeploymentUnavailableError, RayActorError)
-"""Failures that may be over in a moment: an overloaded service, or a replica that died and is being replaced."""
+_PASSING = (BackPressureError, ReplicaUnavailableError, DeploymentUnavailableError)
+"""Failures that may be over in a moment: the service is overloaded, or has no replica."""
 
 
 class ServedScorer:
-    """Scores rollouts through a Serve handle; satisfies ``interfaces.Scorer``.
+    """Scores rollouts through a Serve handle; satisfies ``interfaces.ScorerProcess``.
 
-    Scoring changes nothing in the service, so a call whose replica died is simply made again.
+    Scoring changes nothing in the service, so a call whose replica died may be made again, as a ``ScorerPool`` does.
     """
 
-    def __init__(self, handle: Any, *, tries: int = 6, first_delay: float = 0.5) -> None:
+    node = "Ray Serve"
+
+    def __init__(self, handle: Any, *, name: str = "scorer", tries: int = 6, first_delay: float = 0.5) -> None:
         """
         Args:
             handle: of an application whose ingress has ``score_rollout``.
+            name: in what is said of it.
             tries: calls made for one rollout before giving up.
             first_delay: seconds before the second call; doubled before each further one, with jitter.
         """
+        self.name = name
         self._handle = handle
         self._tries = tries
         self._first_delay = first_delay
@@ -58,7 +62,8 @@ class ServedScorer:
         Raises:
             NoScoreError: the model gives no finite number.
             DataLostError: the response is gone.
-            ScorerError: it cannot read the response, or the service failed on every try; with the cause.
+            WorkerDiedError: the replica died, or its forward failed.
+            ScorerError: it cannot read the response, or the service was not to be had on any try; with the cause.
         """
         for attempt in range(1, self._tries + 1):
             try:
@@ -72,6 +77,8 @@ class ServedScorer:
                 delay = self._first_delay * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 log.warning("scoring again in %.1f s: %s", delay, type(error).__name__)
                 await asyncio.sleep(delay)
+            except RayActorError as error:
+                raise WorkerDiedError(f"a replica of the reward model died: {error}") from error
             except ObjectLostError as error:
                 raise DataLostError("a response went with the node that held it before it was scored") from error
             except RayTaskError as error:
@@ -82,6 +89,30 @@ class ServedScorer:
                     raise NoScoreError(f"{score.reward_version} gave {score.value}, which is no score")
                 return score
         raise AssertionError("unreachable: the last try returns or raises")
+
+    async def close(self) -> None:
+        """Nothing: whoever started the service ends it."""
+
+
+def served_pool(handle: Any, *, name: str, max_prompt_tries: int) -> ScorerPool:
+    """A scorer through a Serve handle. Serve replaces dead replicas by itself, as often as it takes.
+
+    Args:
+        max_prompt_tries: replicas that may die on one response, or fail on it, before it is given up.
+    """
+
+    async def make(worker_name: str) -> ServedScorer:
+        return ServedScorer(handle, name=worker_name)
+
+    return ScorerPool(
+        make,
+        name=name,
+        section="serve",
+        max_concurrent=CONCURRENT_CALLS,
+        max_restarts=None,
+        max_prompt_tries=max_prompt_tries,
+        is_watched=False,
+    )
 
 
 class ScorerWorker(PulsingWorker):
@@ -95,7 +126,7 @@ class ScorerWorker(PulsingWorker):
     def __init__(self, make: Callable[[], Scorer], *, bounded: bool) -> None:
         super().__init__()
         self._make = make
-        self._bounded = bounded
+        self._is_bounded = bounded
         self._scorer: Scorer | None = None
 
     async def ready(self) -> None:
@@ -106,7 +137,7 @@ class ScorerWorker(PulsingWorker):
 
     async def score(self, rollout: Rollout) -> Score:
         assert self._scorer is not None, "ready() comes first"
-        with self._working("scoring", bounded=self._bounded):
+        with self._working("scoring", bounded=self._is_bounded):
             return await self._scorer.score(rollout)
 
 
@@ -144,7 +175,7 @@ class RayScorers:
     """Every scorer of a run, and their weighted sum; satisfies ``interfaces.Scorer``.
 
     Attributes:
-        pools: of those that run in a process of their own: to be started, by ``Pipeline`` or ``running``.
+        pools: of each scorer, to be started: by ``Pipeline`` or ``running``.
     """
 
     def __init__(
@@ -166,7 +197,9 @@ class RayScorers:
         starters: list[ActorStarter[ActorScorer]] = []
         for place, section in enumerate(config.scorers):
             if section.kind == "served":
-                scorers[section.name] = section.weight, ServedScorer(handle)
+                pool = served_pool(handle, name=section.name, max_prompt_tries=config.ppo.max_prompt_tries)
+                scorers[section.name] = section.weight, pool
+                pools.append(pool)
                 continue
             start = partial(ActorScorer.start, config=config, section=section)
             starter = ActorStarter(start, ahead=[f"scorer {section.name}-0"])
@@ -226,5 +259,7 @@ def _maker(section: RemoteScorerConfig | FunctionScorerConfig) -> Callable[[], S
 
 def _raise_own(error: RayTaskError) -> None:
     """Raise a scorer's own error without Ray's account of where it came up; leaves any other alone."""
+    if isinstance(error.cause, ForwardFailedError):
+        raise WorkerDiedError(str(error.cause)) from error
     if isinstance(error.cause, ScorerError):
         raise error.cause from error

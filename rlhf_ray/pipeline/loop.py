@@ -26,6 +26,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from rlhf_ray.config import PPOConfig
@@ -84,6 +85,7 @@ class Pipeline:
         checkpoints: is given this state and what is scored every ``checkpoint_every`` steps and at the end, and saves
             the learner beside them. Sampling and learning go on while it writes. What cannot be written is reported
             and tried again with the next checkpoint; the last one must be written.
+        deaths_before: workers that died before this loop began, by kind, where it goes on with a run of this process.
 
     To resume, load the learner, then ``load_state_dict``, then ``run``.
     """
@@ -104,6 +106,7 @@ class Pipeline:
         on_step: Callable[[dict[str, float], Sequence[Mapping[str, Any]]], None],
         on_quarantine: Callable[[Mapping[str, Any]], None] = lambda row: None,
         checkpoints: Checkpoints | None = None,
+        deaths_before: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._prompts = prompts
         self._pool = pool
@@ -116,13 +119,12 @@ class Pipeline:
         self._on_step = on_step
         self._on_quarantine = on_quarantine
         self._checkpoints = checkpoints
+        self._deaths_before = dict(deaths_before)
         self._ledger = Ledger()
         self._tally = Tally()
         self._occupancy = Occupancy(_now)
         self._pools: list[WorkerPool[Any]] = [p for p in (pool, references, *scorer_pools) if p is not None]
-        self._watchdog = Watchdog(
-            self._occupancy, self._pools, timeout_s=hang_timeout_s, now=_now, state=lambda: self.status()
-        )
+        self._watchdog = Watchdog(self._occupancy, self._pools, timeout_s=hang_timeout_s, state=lambda: self.status())
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
@@ -170,6 +172,7 @@ class Pipeline:
             lost=self._ledger.lost,
             trained_twice=self._ledger.trained_twice,
             quarantined=self._ledger.quarantined,
+            deaths=self._all_deaths(),
         )
 
     def request_stop(self) -> None:
@@ -188,13 +191,21 @@ class Pipeline:
             rollout.add_done_callback(self._rollouts.discard)
 
     async def _rollout(self, prompt_id: int) -> None:
-        """Fill one slot: by this prompt, or by the next one after those that are quarantined."""
+        """Fill one slot: by this prompt, or by the next one after those that are quarantined.
+
+        Raises:
+            DataLostError: the responses of one prompt were lost ``max_prompt_tries`` times.
+        """
+        losses: Counter[int] = Counter()
         while True:
             prompt = self._prompts.prompt(prompt_id)
             try:
                 experiences = await self._experiences(prompt)
                 break
             except DataLostError as error:
+                losses[prompt_id] += 1
+                if losses[prompt_id] == self._config.max_prompt_tries:
+                    raise
                 log.warning("prompt %d is sampled again: %s", prompt_id, error)
                 self._ledger.reissue(prompt_id)
             except PromptError as error:
@@ -288,7 +299,7 @@ class Pipeline:
         if self._step < self._config.steps and not self._stopping:  # nobody would sample from a last version
             await self._publish(report.version)
         others = {"slots_in_use": slots_in_use, "generators": self._pool.size()}
-        others["quarantined"] = self._ledger.quarantined
+        others |= {"quarantined": self._ledger.quarantined, "deaths": sum(self._all_deaths().values())}
         row = self._tally.step(self._step, batch, report, _now(), others | self._sync.collect_metrics())
         parts = [{"score_parts": dict(e.score.parts)} if e.score.parts else {} for e in batch]
         self._on_step(row, [{**sample, **of} for sample, of in zip(report.samples, parts, strict=False)])
@@ -378,10 +389,18 @@ class Pipeline:
                 "finished": len(self._buffer.finished_ids()),
             },
             "quarantined": {"prompts": self._ledger.quarantined, "bound": self._config.max_quarantined},
+            "deaths": self._all_deaths(),
             "occupancy": self._occupancy.shares(),
             "generators": self._pool.status(),
             "references": self._references.status() if self._references is not None else None,
         }
+
+    def deaths(self) -> dict[str, int]:
+        """Workers of the pools that died while this loop ran, by kind; the others left or live."""
+        return {pool.kind: pool.deaths for pool in self._pools if pool.deaths}
+
+    def _all_deaths(self) -> dict[str, int]:
+        return dict(Counter(self._deaths_before) + Counter(self.deaths()))
 
     async def _close_pools(self) -> None:
         await asyncio.gather(*(pool.close() for pool in self._pools))

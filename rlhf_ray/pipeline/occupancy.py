@@ -29,14 +29,14 @@ class Occupancy:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._began: float | None = None
-        self.moved = 0.0
-        """When a call of any stage began or ended last."""
+        self.moved = 0
+        """Calls of any stage that began or ended so far."""
         self._stages = {stage: _Stage() for stage in STAGES}
 
     def enter(self, stage: str) -> None:
         """A call of ``stage`` begins."""
         now, at = self._now(), self._stages[stage]
-        self.moved = now
+        self.moved += 1
         self._began = now if self._began is None else self._began
         at.since = at.since if at.under_way else now
         at.under_way += 1
@@ -44,7 +44,7 @@ class Occupancy:
     def leave(self, stage: str) -> None:
         """A call of ``stage`` is over."""
         now, at = self._now(), self._stages[stage]
-        self.moved = now
+        self.moved += 1
         at.under_way -= 1
         if not at.under_way:
             at.ended.append((at.since, now))

@@ -111,11 +111,12 @@ class ReferencePool(WorkerPool[Reference]):
 
 
 class ScorerPool(WorkerPool[ScorerProcess]):
-    """One scorer in a process of its own, which is replaced when it dies; satisfies ``interfaces.Scorer``.
+    """One scorer, whose process is replaced when it dies; satisfies ``interfaces.Scorer``.
 
     Args:
         name: of the scorer, as people know it.
         section: its place in the configuration, such as ``scorers.0``.
+        is_watched: see ``WorkerPool``.
 
     Other arguments: see ``WorkerPool``.
     """
@@ -127,8 +128,9 @@ class ScorerPool(WorkerPool[ScorerProcess]):
         name: str,
         section: str,
         max_concurrent: int,
-        max_restarts: int,
+        max_restarts: int | None,
         max_prompt_tries: int,
+        is_watched: bool = True,
     ) -> None:
         super().__init__(
             factory,
@@ -139,6 +141,7 @@ class ScorerPool(WorkerPool[ScorerProcess]):
         )
         self.kind = f"scorer {name}"
         self.section = section
+        self.is_watched = is_watched
 
     async def score(self, rollout: Ref) -> Score:
         """See ``interfaces.Scorer``: again by the next process if this one dies.

@@ -47,6 +47,9 @@ class RunSummary:
     trained_twice: int
     quarantined: int
     """Prompts that no worker could work on, those before a resume included."""
+    deaths: Mapping[str, int]
+    """Workers that died while this process ran, by kind: generator, reference, scorer NAME; learner: restarts of all
+    its ranks."""
 
 
 class Tally:
@@ -150,6 +153,7 @@ class Tally:
         lost: int,
         trained_twice: int,
         quarantined: int,
+        deaths: Mapping[str, int],
     ) -> RunSummary:
         """Everything so far, at the end of the run."""
         samples = self.samples - self._resumed_samples
@@ -178,6 +182,7 @@ class Tally:
             lost=lost,
             trained_twice=trained_twice,
             quarantined=quarantined,
+            deaths=deaths,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,8 +32,7 @@ class Watchdog:
 
     Args:
         timeout_s: a loop in which no call of any stage begins or ends for so long hangs, unless a worker is at work.
-        pools: whose workers excuse it: they work or start, or wait for a place on the cluster.
-        now: the clock, seconds.
+        pools: those that are watched excuse it while a worker works, or while all of them start or wait for a place.
         state: of the run, JSON-ready; it goes to the log with the stacks of all tasks.
     """
 
@@ -43,13 +42,11 @@ class Watchdog:
         pools: Sequence[WorkerPool[Any]],
         *,
         timeout_s: float,
-        now: Callable[[], float],
         state: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._occupancy = occupancy
         self._pools = pools
         self._timeout_s = timeout_s
-        self._now = now
         self._state = state
 
     async def watch(self) -> NoReturn:
@@ -58,21 +55,17 @@ class Watchdog:
         Raises:
             HangError: naming the stage; state and stacks are in the log.
         """
-        quiet_since = self._now()
-        while True:
+        looks, moved = 0, self._occupancy.moved
+        while looks < LOOKS:  # counted and not timed: while this process was stopped nobody could move
             await asyncio.sleep(self._timeout_s / LOOKS)
-            if self._is_excused():
-                quiet_since = self._now()
-            quiet_since = max(quiet_since, self._occupancy.moved)
-            if self._now() - quiet_since >= self._timeout_s:
-                raise self._hang()
+            looks = 0 if self._is_excused() or self._occupancy.moved != moved else looks + 1
+            moved = self._occupancy.moved
+        raise self._hang()
 
     def _is_excused(self) -> bool:
         if any(stage in self._occupancy.under_way() for stage in OF_THE_LEARNER):
             return True
-        members = [member for pool in self._pools for member in pool.status()["workers"]]
-        starting = (WorkerState.STARTING.value, WorkerState.STALE.value)
-        return any(member["in_hand"] or member["state"] in starting for member in members)
+        return any(pool.is_watched and _works_or_starts(pool) for pool in self._pools)
 
     def _hang(self) -> HangError:
         waits = Counter(_stack(task) for task in asyncio.all_tasks())
@@ -84,6 +77,13 @@ class Watchdog:
             f"the run hangs {where}: nothing has moved for {self._timeout_s:g} s; the log has its state and stacks. "
             "Mend what does not answer and go on with --resume, or raise hang_timeout_s if it is only slow"
         )
+
+
+def _works_or_starts(pool: WorkerPool[Any]) -> bool:
+    """A worker has something in hand; or there is nobody yet who could."""
+    workers = pool.status()["workers"]
+    is_ready = any(worker["state"] == WorkerState.READY.value for worker in workers)
+    return any(worker["in_hand"] for worker in workers) or not is_ready
 
 
 def _stack(task: asyncio.Task[Any]) -> str:

@@ -114,11 +114,12 @@ class WorkerPool(Generic[W]):
 
     Args:
         factory: makes a worker of the given name, ready to be asked. ``WorkerDiedError`` from it counts as a death; any
-            other error ends the run. When cancelled it frees what it has started.
+            other error ends the run, but for one of ours once a worker has been up: what could start before will start
+            again, so that is a death too. When cancelled it frees what it has started.
         count: workers to begin with.
         max_concurrent: most calls that one worker has at once.
-        max_restarts: replacements of dead workers before the run ends with the cause. Workers that went with their node
-            do not count, nor those that died of a call that was then given up.
+        max_restarts: replacements of dead workers before the run ends with the cause; None: as many as it takes.
+            Workers that went with their node do not count, nor those that died of a call that was then given up.
         max_prompt_tries: workers that may die on one call before it is given up; again without lost nodes.
         shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
     """
@@ -127,6 +128,8 @@ class WorkerPool(Generic[W]):
     """What workers' names begin with."""
     section: str
     """Of the configuration."""
+    is_watched = True
+    """Each worker's client notices by itself when it hangs."""
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class WorkerPool(Generic[W]):
         *,
         count: int,
         max_concurrent: int,
-        max_restarts: int,
+        max_restarts: int | None,
         max_prompt_tries: int,
         shrink_to: int | None = None,
     ) -> None:
@@ -150,6 +153,9 @@ class WorkerPool(Generic[W]):
         self._named = 0
         self._closing = False
         self._restarts = 0
+        self._has_been_up = False
+        self.deaths = 0
+        """Workers that died, with their node or without, and were not leaving."""
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._suspects: deque[asyncio.Future[None]] = deque()  # wait for a worker of their own, and before all others
 
@@ -352,7 +358,15 @@ class WorkerPool(Generic[W]):
             return None
         member.making = asyncio.ensure_future(self._factory(member.name))
         try:
-            return await member.making
+            worker = await member.making
+            self._has_been_up = True
+            return worker
+        except WorkerDiedError:
+            raise
+        except RlhfRayError as error:
+            if not self._has_been_up:
+                raise
+            raise WorkerDiedError(f"{member.name} could not start, as others did before: {error}") from error
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
@@ -368,13 +382,17 @@ class WorkerPool(Generic[W]):
         member.become(WorkerState.DEAD)
         member.news.set()
         counts = not leaving and not node_lost
-        if counts and self._restarts >= self._max_restarts:
-            raise WorkerDiedError(
+        self.deaths += not leaving
+        if counts and self._max_restarts is not None and self._restarts >= self._max_restarts:
+            fatal = WorkerDiedError(
                 f"{member.name} died and {self.section}.max_restarts = {self._max_restarts} replacements are used up; "
                 f"mend the cause, or raise {self.section}.max_restarts: {error}"
-            ) from error
+            )
+            # In a task of its own too: whoever reports it may be waited for by nobody any more.
+            self._spawn(_raise(fatal), f"give up {self.kind}")
+            raise fatal from error
         self._restarts += counts
-        fate = f"replacing it ({self._restarts} of {self._max_restarts})"
+        fate = f"replacing it ({self._restarts} of {self._max_restarts})" if self._max_restarts else "replacing it"
         if leaving:
             fate = "it was leaving"
         elif node_lost and self._shrink_to is not None and self.wanted > self._shrink_to:
@@ -405,6 +423,10 @@ class WorkerPool(Generic[W]):
         task = self._group.create_task(life, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _raise(error: Exception) -> None:
+    raise error
 
 
 def _is_cancelled() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class ReferenceModel:
         max_batch_tokens: int = 2048,
         threads: int = 0,
         trust_remote_code: bool = False,
+        on_forward: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
@@ -36,6 +37,7 @@ class ReferenceModel:
             temperature: the sampler's; the logits are divided by it.
             max_batch_tokens: most padded tokens in one forward.
             threads: CPU threads of a forward; 0: every core.
+            on_forward: is called after each.
 
         Raises:
             ModelError: the model cannot be used.
@@ -49,6 +51,8 @@ class ReferenceModel:
         self._model = (
             PolicyModel(language_model, packed=self._device.type == "cpu").to(self._device).eval().requires_grad_(False)
         )
+        if on_forward is not None:
+            self._model.register_forward_hook(lambda *_: on_forward())
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
         """For each rollout, the [T] float32 log-probabilities of its response, nats, at the sampling temperature."""

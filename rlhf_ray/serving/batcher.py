@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rlhf_ray.errors import ScorerError
+from rlhf_ray.errors import ForwardFailedError, ScorerError
 from rlhf_ray.roles.scorer import Reading
 
 log = logging.getLogger("rlhf_ray.serving")
@@ -93,6 +93,7 @@ class Batcher:
         self._reports = True
         self._waiting: list[_Waiting] = []
         self._running_tokens = 0
+        self._running_since: float | None = None
         self._warm_up = [warm_up] if warm_up else []
         self.failures = 0
         """Forwards in a row that gave no score at all."""
@@ -147,6 +148,10 @@ class Batcher:
         ahead = self._running_tokens + sum(len(entry.ids) for entry in self._waiting if not entry.verdict.done())
         return ahead * seconds / tokens if tokens else 0.0
 
+    def running_seconds(self) -> float:
+        """Age of the forward under way; 0 between two of them."""
+        return 0.0 if self._running_since is None else time.monotonic() - self._running_since
+
     async def idle(self) -> None:
         """Returns once nothing waits."""
         if self._drain is not None:
@@ -160,7 +165,7 @@ class Batcher:
         while batch := self._next_batch():
             tokens = [len(entry.ids) for entry in batch]
             self._running_tokens = sum(tokens)
-            began = time.monotonic()
+            began = self._running_since = time.monotonic()
             try:
                 verdicts = await asyncio.get_running_loop().run_in_executor(
                     self._thread, self._forward, [entry.ids for entry in batch]
@@ -168,9 +173,10 @@ class Batcher:
                 if len(verdicts) != len(batch):
                     raise ValueError(f"{len(verdicts)} verdicts on {len(batch)} sequences")
             except Exception as error:  # noqa: BLE001 (each caller gets the cause)
-                cause = ScorerError(f"the forward of the reward model failed: {type(error).__name__}: {error}")
+                cause = ForwardFailedError(f"the forward of the reward model failed: {type(error).__name__}: {error}")
                 verdicts = [cause] * len(batch)
             self._running_tokens = 0
+            self._running_since = None
             for entry, verdict in zip(batch, verdicts, strict=True):
                 if not entry.verdict.done():
                     entry.verdict.set_result(verdict)

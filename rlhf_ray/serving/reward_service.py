@@ -59,6 +59,9 @@ log = logging.getLogger("rlhf_ray.serving")
 FAILURES_OF_THE_SICK = 3
 """Forwards in a row without a score after which a replica is replaced."""
 
+LONGEST_FORWARD_SECONDS = 600.0
+"""A forward that takes longer hangs, and its replica is replaced."""
+
 WARM_UP_TOKENS = 32
 """Of each row of the warm-up that the first expected waits are reckoned from."""
 
@@ -246,9 +249,12 @@ class RewardService:
         """Serve calls this, and replaces a replica for which it raises.
 
         Raises:
-            ScorerError: the last forwards of a model all failed, as after an error that a GPU does not get over.
+            ScorerError: the last forwards of a model all failed, as after an error that a GPU does not get over, or one
+                hangs.
         """
         for name, model in self._models.items():
+            if (seconds := model.batcher.running_seconds()) > LONGEST_FORWARD_SECONDS:
+                raise ScorerError(f"a forward of model {name} has been under way for {seconds:.0f} s")
             if model.batcher.failures >= FAILURES_OF_THE_SICK:
                 raise ScorerError(f"model {name} gave no score in {model.batcher.failures} forwards in a row")
 

@@ -26,6 +26,9 @@ POOLS = ("generators", "references")
 SILENCE_SECONDS = 20.0
 """A run that has not written its status for so long is gone, or hangs."""
 
+RESTART_SECONDS = 600.0
+"""A run whose workers begin again has no status to write for as long as their models load."""
+
 TAKE_SECONDS = 20.0
 """How long ``scale`` waits for the run's word."""
 
@@ -35,7 +38,8 @@ _POLL_SECONDS = 0.2
 def status(run_dir: str | Path) -> dict[str, Any]:
     """How a PPO run stands; JSON-ready.
 
-    ``status`` is starting, running, finishing (its loop is over, and the policy is being written), silent (nothing was
+    ``status`` is starting, running, restarting (a rank of the learner died, and the workers begin again from the newest
+    checkpoint), finishing (its loop is over, and the policy is being written), silent (nothing was
     heard for ``SILENCE_SECONDS``: its process is gone or hangs), or how it ended: finished, interrupted, failed, then
     with ``cause``. ``running`` is whether its workers work now, ``silent_seconds`` the age of what follows: ``step``,
     ``steps``, ``version``, ``staleness`` (in versions, with its bound), ``queue`` (prompts by stage; slots),
@@ -53,6 +57,8 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     if said == "running":
         if age is None:
             said = "starting"
+        elif picture.get("restarting") and age < RESTART_SECONDS:
+            said = "restarting"
         elif age > SILENCE_SECONDS:
             said = "silent"
         elif picture["ended"]:
@@ -122,6 +128,13 @@ def refusal_of(wanted: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
+def note_restart(run_dir: Path) -> None:
+    """Leave word that the run's workers begin again."""
+    picture = read_json(run_dir / STATUS_FILE)
+    if picture:  # else its loop has not begun
+        write_json(run_dir / STATUS_FILE, picture | {"at": time.time(), "ended": False, "restarting": True})
+
+
 def standing(now: Mapping[str, Any]) -> str:
     """A status in a few words."""
     age = now["silent_seconds"]
@@ -132,6 +145,7 @@ def standing(now: Mapping[str, Any]) -> str:
         return f"failed: {now['cause']}"
     words = {
         "starting": "starting; its loop has not begun",
+        "restarting": "its workers begin again from the newest checkpoint",
         "finishing": "its loop is over and the policy is being written",
         "interrupted": "interrupted; `rlhf-ray ppo --resume` goes on",
     }

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline, quarantined
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
 from rlhf_ray.pipeline.summary import RunSummary
+from rlhf_ray.stages.live import note_restart
 from rlhf_ray.stages.ppo_checkpoints import RunCheckpoints
 from rlhf_ray.stages.prepare import (
     Prepared,
@@ -148,6 +151,10 @@ class _Run:
     """Of the served reward model."""
     identity: Mapping[str, Any]
     on_step: OnStep
+    stop_wished: threading.Event = field(default_factory=threading.Event)
+    """Somebody pressed Ctrl-C."""
+    deaths: Counter[str] = field(default_factory=Counter)
+    """Workers that died so far, by kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +237,9 @@ async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
                 stack.callback(workers.note_asked, asked)
                 return await _train(run, workers, start)
         except (LearnerDiedError, DataLostError) as error:
+            if run.stop_wished.is_set():
+                raise type(error)(f"{error}; the run was being stopped: go on with --resume") from error
+            run.deaths["learner"] += 1
             before = start.step
             start = await asyncio.to_thread(_newest_start, config, run.identity)
             in_a_row = 1 if start.step > before else in_a_row + 1
@@ -240,6 +250,7 @@ async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
                     "mend the cause and go on with --resume, or raise learner.max_restarts"
                 ) from error
             log.warning("%s; going on from step %d (restart %d of %d)", error, start.step, in_a_row, allowed)
+            await asyncio.to_thread(note_restart, config.run_dir)
 
 
 async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
@@ -273,16 +284,18 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
             on_step=record,
             on_quarantine=writer.quarantine,
             checkpoints=checkpoints,
+            deaths_before=run.deaths,
         )
         if start.folder is not None and start.state is not None:
             scored = await asyncio.to_thread(load_scored_refs, start.folder / "scored")
             pipeline.load_state_dict(start.state, scored)
         steering = Steering(config, pipeline, workers.elastic, service=workers.service)
         try:
-            with _stop_on_ctrl_c(pipeline):
+            with _stop_on_ctrl_c(pipeline, run.stop_wished):
                 async with steering.kept():
                     summary = await pipeline.run()
         finally:
+            run.deaths.update(pipeline.deaths())
             await checkpoints.close()
         await learner.export(config.run_dir / "policy")
     return summary
@@ -363,12 +376,13 @@ def _identity(config: RunConfig, reward_folder: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_on_ctrl_c(pipeline: Pipeline) -> Iterator[None]:
+def _stop_on_ctrl_c(pipeline: Pipeline, wished: threading.Event) -> Iterator[None]:
     """The first Ctrl-C ends the run after the step in progress, with a checkpoint; a second one ends it at once."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         log.warning("stopping after the step in progress; its checkpoint is written first (Ctrl-C again to drop it)")
+        wished.set()
         pipeline.request_stop()
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)

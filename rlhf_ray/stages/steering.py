@@ -35,6 +35,9 @@ log = logging.getLogger("rlhf_ray.ppo")
 
 TICK_SECONDS = 1.0
 
+DISK_SECONDS = 10.0
+"""A status that takes longer to write is not waited for."""
+
 PASSING = (OSError, RayError, RayServeException)
 """A file that cannot be written, a cluster that does not answer: said, and tried again."""
 
@@ -190,5 +193,9 @@ class Steering:
         }
 
     def _write(self, status: dict[str, Any]) -> None:
-        with self._writing:
+        if not self._writing.acquire(timeout=DISK_SECONDS):
+            raise TimeoutError(f"a status is still being written to {self._config.run_dir} after {DISK_SECONDS:g} s")
+        try:
             write_json(self._config.run_dir / STATUS_FILE, status)
+        finally:
+            self._writing.release()

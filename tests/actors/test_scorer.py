@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from rlhf_ray.actors.scorer import ServedScorer
-from rlhf_ray.errors import NoScoreError, ScorerError
+from rlhf_ray.actors.scorer import RayScorers, ServedScorer, served_pool
+from rlhf_ray.errors import ForwardFailedError, NoScoreError, PromptError, ScorerError
+from rlhf_ray.pipeline.pool import ScorerPool
+from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.types import Score
 
 SCORE = Score(value=0.5, raw=1.0, reward_version="reward@0")
@@ -40,11 +44,38 @@ async def test_a_rollouts_ref_is_handed_on_unopened_and_its_score_returned() -> 
     assert handle.calls == [ref]
 
 
-@pytest.mark.parametrize("failure", [BUSY, ActorDiedError(), ActorUnavailableError("gone for a moment", None)])
-async def test_overload_and_a_dead_replica_are_tried_again(failure: Exception) -> None:
-    handle = FakeHandle(failure, failure, SCORE)
+async def test_an_overloaded_service_is_tried_again() -> None:
+    handle = FakeHandle(BUSY, BUSY, SCORE)
     assert await ServedScorer(handle, tries=3, first_delay=0).score("ref") is SCORE
     assert handle.calls == ["ref"] * 3
+
+
+FAILED = RayTaskError("score_rollout", "a long traceback", ForwardFailedError("out of memory")).as_instanceof_cause()
+DEATHS = [ActorDiedError(), ActorUnavailableError("gone for a moment", None), FAILED]
+
+
+@pytest.mark.parametrize("death", DEATHS)
+async def test_what_a_replica_died_of_or_failed_on_is_scored_by_another_one(death: Exception) -> None:
+    handle = FakeHandle(death, death, SCORE)
+    async with running(handle, max_prompt_tries=3) as pool:
+        assert await pool.score("ref") is SCORE
+    assert handle.calls == ["ref"] * 3
+
+
+@pytest.mark.parametrize("death", DEATHS)
+async def test_a_response_that_no_replica_survives_is_given_up(death: Exception) -> None:
+    handle = FakeHandle(death, death, SCORE)
+    async with running(handle, max_prompt_tries=2) as pool:
+        with pytest.raises(PromptError, match="2 processes of scorer reward and each died"):
+            await pool.score("ref")
+        assert await pool.score("another") is SCORE
+
+
+@asynccontextmanager
+async def running(handle: FakeHandle, *, max_prompt_tries: int) -> AsyncIterator[ScorerPool]:
+    pool = served_pool(handle, name="reward", max_prompt_tries=max_prompt_tries)
+    async with RayScorers(WeightedScorer({"reward": (1.0, pool)}), [pool], []).running():
+        yield pool
 
 
 async def test_a_service_that_keeps_failing_ends_in_an_error_with_the_cause() -> None:

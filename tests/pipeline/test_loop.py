@@ -810,6 +810,7 @@ def test_a_row_has_the_learners_metrics_and_the_pipelines(make_run) -> None:
     }
     assert {key: row[key] for key in expected} == pytest.approx(expected)
     totals = asdict(summary)
+    assert totals.pop("deaths") == {}
     assert totals.pop("stage_seconds") == pytest.approx(
         {
             "wait": 19.5,
@@ -843,6 +844,21 @@ def test_a_row_has_the_learners_metrics_and_the_pipelines(make_run) -> None:
             "quarantined": 0,
         }
     )
+
+
+def test_deaths_are_counted_by_kind_in_rows_status_and_summary(make_run) -> None:
+    def make(name: str) -> FakeGenerator:
+        return FakeGenerator(name, seconds=1.0, die_at_generate=5 if name == "generator-0" else None)
+
+    seen: list[Any] = []
+    run = make_run(
+        make_generator=make,
+        after_step=lambda run, row: seen.append(run.pipeline.status()["deaths"]),
+        ppo={"steps": 4} | SYNCHRONOUS,
+    )
+    assert run.go().deaths == {"generator": 1}
+    assert [row["deaths"] for row in run.rows] == [0, 1, 1, 1]
+    assert seen == [{}, *[{"generator": 1}] * 3]
 
 
 def test_the_learners_sample_rows_are_passed_on(make_run) -> None:

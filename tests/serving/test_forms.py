@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -271,6 +272,13 @@ async def test_a_model_that_scores_no_more_is_neither_ready_nor_healthy(
     assert reply.status_code == 500
     assert "model toxicity gave no score in 3 forwards in a row" in reply.json()["detail"]
     with pytest.raises(ScorerError):
+        await service.check_health()
+
+
+async def test_a_model_whose_forward_never_ends_is_not_healthy(service: RewardService) -> None:
+    await service.check_health()
+    service._models["toxicity"].batcher._running_since = time.monotonic() - 601
+    with pytest.raises(ScorerError, match="a forward of model toxicity has been under way for 601 s"):
         await service.check_health()
 
 

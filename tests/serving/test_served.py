@@ -27,10 +27,11 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.config import AutoscalingConfig
 
-from rlhf_ray.actors.scorer import ServedScorer
+from rlhf_ray.actors.scorer import RayScorers, ServedScorer, served_pool
 from rlhf_ray.cluster import job_is_alive
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ConfigError, ResourceError, ScorerError
+from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.roles.scorer import RewardScorer
 from rlhf_ray.stages.serve import ServedReward, curl_line, served_reward, sole_owner, start_service, stop_service
 from rlhf_ray.types import Prompt, Rollout
@@ -158,16 +159,17 @@ async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, 
     pairs = [(prompt, response * 9) for prompt, response in texts(400)]
     expected = [score.raw for score in scorer.score_texts(*zip(*pairs, strict=True))]
     handle = WatchedHandle(served.handle)
-    client = ServedScorer(handle, tries=12)
+    pool = served_pool(handle, name="reward", max_prompt_tries=3)
     rollouts = [rollout_of(scorer, prompt, response) for prompt, response in pairs]
     (name,) = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "SERVE_REPLICA" in n["name"]]
     replica = ray.get_actor(name, namespace="serve")
-    scoring = [asyncio.create_task(client.score(rollout)) for rollout in rollouts]
-    answered = asyncio.as_completed(scoring)
-    for _ in range(64):  # by then many more have reached it
-        await next(answered)
-    ray.kill(replica)
-    scores = await asyncio.gather(*scoring)
+    async with RayScorers(WeightedScorer({"reward": (1.0, pool)}), [pool], []).running():
+        scoring = [asyncio.create_task(pool.score(rollout)) for rollout in rollouts]
+        answered = asyncio.as_completed(scoring)
+        for _ in range(64):  # by then many more have reached it
+            await next(answered)
+        ray.kill(replica)
+        scores = await asyncio.gather(*scoring)
     assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
     # These calls the replica had taken when it died; what waited at the caller goes to the next one without a word.
     died_with_it = [error for error in handle.failures if isinstance(error, ActorDiedError)]

@@ -16,7 +16,7 @@ import rlhf_ray
 from rlhf_ray.cli import app
 from rlhf_ray.errors import ConfigError, RlhfRayError
 from rlhf_ray.metrics import read_json, status_kept, write_json, write_summary
-from rlhf_ray.stages.live import SCALE_FILE, SILENCE_SECONDS
+from rlhf_ray.stages.live import RESTART_SECONDS, SCALE_FILE, SILENCE_SECONDS, note_restart
 
 WORKER = {"state": "ready", "version": 7, "in_hand": 3, "done": 41, "restarts": 1, "node": "192.0.2.7/3fa9c1d2"}
 POOL = {"min": 1, "max": None, "asked": 2, "unplaced": 0, "wanted": 2, "up": 1, "restarts": 1, "max_restarts": 3}
@@ -105,6 +105,12 @@ def test_a_run_that_is_not_running_is_said_to_be_so(tmp_path: Path, running: Pat
     assert not rlhf_ray.status(running)["running"]
     picture(running, ended=True)
     assert said() == "its loop is over and the policy is being written"
+    note_restart(running)
+    assert said() == "its workers begin again from the newest checkpoint"
+    assert rlhf_ray.status(running)["step"] == 7
+    picture(running, restarting=True, at=time.time() - RESTART_SECONDS - 5)
+    assert said().startswith("no word since 20")
+    picture(running, ended=True)
     with status_kept(running):
         assert said() == "starting; its loop has not begun", "an earlier run's word is no word of this one"
         with pytest.raises(ConfigError, match=r"cannot be scaled: starting"):
