@@ -6,6 +6,7 @@ With: a checkpoint every ``--steps`` steps (10, the default of ``ppo.checkpoint_
 and the status that is kept every second. Without: none of these. The recipe is that of ``ppo_throughput.py``; blocks of
 steps take turns in the order on, off, off, on, ..., so that a machine that grows faster or slower favours neither. A
 block's checkpoint is taken after its second step, so that what is written in the background falls into the same block.
+The mean of a block's steps has it in it; the median has what is left without.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = _rows(Path(name), arguments.steps, is_on, arguments.overrides)
     blocks = [rows[i : i + arguments.steps] for i in range(0, len(rows), arguments.steps)]
-    rates = [len(block) * BATCH / sum(row["seconds_step"] for row in block) for block in blocks]
-    on, off = ([rate for rate, lit in zip(rates, is_on, strict=True) if lit is wanted] for wanted in (True, False))
-    figures = {
-        "samples_per_second": {"on": on, "off": off},
-        "on_against_off": statistics.fmean(on) / statistics.fmean(off),
-        "on_against_off_by_pairs": [a / b for a, b in zip(on, off, strict=True)],
-        "seconds_checkpoint_of_the_loop": sum(row.get("seconds_checkpoint", 0.0) for row in rows),
-    }
+    seconds = [[row["seconds_step"] for row in block] for block in blocks]
+    figures: dict[str, Any] = {"seconds_of_steps": dict(enumerate(seconds)), "on": is_on}
+    for name, of in (("mean", statistics.fmean), ("median", statistics.median)):
+        on, off = (
+            [of(block) for block, lit in zip(seconds, is_on, strict=True) if lit is wanted] for wanted in (True, False)
+        )
+        figures[f"samples_per_second_by_{name}_step"] = {"on": [BATCH / s for s in on], "off": [BATCH / s for s in off]}
+        figures[f"on_against_off_by_{name}_step"] = statistics.fmean(off) / statistics.fmean(on)
     print(json.dumps(figures, indent=2))
 
 
@@ -82,7 +83,7 @@ class Switch:
 
     def install(self) -> None:
         for owner, method in (
-            (ActorClient, "_pulse_or_loss"),
+            (ActorClient, "_next_pulse"),
             (Steering, "_take_wish"),
             (Pipeline, "_begin_save"),
         ):
