@@ -487,7 +487,7 @@ def test_the_keys_of_every_kind_of_scorer_are_listed_and_the_common_ones_once() 
     assert keys == [
         "scorers",
         *(f"scorers.N.{key}" for key in ("kind", "name", "weight")),
-        *(f"scorers.N.{key}" for key in ("kind", "urls", "model", "api_key_env", "timeout_s", "tries")),
+        *(f"scorers.N.{key}" for key in ("kind", "max_restarts", "urls", "model", "api_key_env", "timeout_s", "tries")),
         *(f"scorers.N.{key}" for key in ("kind", "function")),
     ]
 
