@@ -375,6 +375,8 @@ def _kill_summary(
         }
     summary = {"asked": number, "made": len(kills), "seconds_between_steps": median, "roles": by_role, "kills": kills}
     promises = _promises(run, steps) if steps is not None else {}
+    if broken is None and len(kills) < number:
+        broken = f"only {len(kills)} of {number} kills had time; raise --minutes"
     return summary | promises | {"broken": broken or (None if _is_kept(promises) else "see above")}
 
 
