@@ -536,11 +536,13 @@ def _deliberate(error: BaseException) -> RlhfRayError | None:
     if isinstance(error, BaseExceptionGroup):
         return next((found for inner in error.exceptions if (found := _deliberate(inner))), None)
     cause = getattr(error, "cause", None)
-    if isinstance(cause, RlhfRayError):
-        return cause
+    if isinstance(cause, Exception):
+        return _deliberate(cause)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
-        return RlhfRayError(f"the disk is full{where}; make room and go on with --resume: what is complete is kept")
+        return RlhfRayError(
+            f"the disk is full{where}; make room and run it again, with --resume where the command has it"
+        )
     return error if isinstance(error, RlhfRayError) else None
 
 

@@ -19,7 +19,6 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError
 
-from rlhf_ray.actors.pulse import PULSE_GROUP, PulsingWorker
 from rlhf_ray.config import SPIN_COUNT, RunConfig, TrainerConfig
 from rlhf_ray.errors import ResourceError, WorkerDiedError
 
@@ -162,6 +161,8 @@ def start_actor(
 ) -> Any:
     """Start a plain class as a Ray actor; returns its handle at once (``wait_ready`` waits for it).
 
+    Its ``CONCURRENCY_GROUPS``, if it has some, are Ray's: name → calls that a group may have under way.
+
     Args:
         concurrency: calls an async actor may have under way.
         threads: OMP threads of the process; 0: as many as this machine has cores, which a role that knows better
@@ -170,8 +171,8 @@ def start_actor(
     options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
     if concurrency:
         options["max_concurrency"] = concurrency
-    if issubclass(cls, PulsingWorker):
-        options["concurrency_groups"] = {PULSE_GROUP: 1}
+    if groups := getattr(cls, "CONCURRENCY_GROUPS", None):
+        options["concurrency_groups"] = groups
     return ray.remote(runtime_env={"env_vars": worker_env(threads)}, **options)(cls).remote(*args, **kwargs)
 
 

@@ -65,8 +65,8 @@ class Scorer(Protocol):
         ...
 
 
-class ScorerProcess(Worker, Scorer, Protocol):
-    """A scorer in a process of its own."""
+class PooledScorer(Worker, Scorer, Protocol):
+    """A scorer that a pool can close and replace."""
 
 
 class Learner(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+from ray.exceptions import RayTaskError
 from typer.testing import CliRunner
 
 from rlhf_ray.cli import PRODUCTS, app
@@ -194,12 +195,13 @@ def test_an_error_that_came_through_a_worker_or_a_task_group_is_told_without_its
 
 def test_a_full_disk_is_told_in_a_sentence_whoever_found_it(stand_in: Callable[..., Any], config_file: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/runs/first/metrics.jsonl")
-    stand_in("rlhf_ray.stages.ppo", "run_ppo", error=ExceptionGroup("tasks", [full]))
+    remote = RayTaskError("export", "a long traceback", full).as_instanceof_cause()
+    stand_in("rlhf_ray.stages.ppo", "run_ppo", error=ExceptionGroup("tasks", [remote]))
     result = run("ppo", "-c", config_file)
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: the disk is full at /runs/first/metrics.jsonl; make room and go on with --resume: what is complete is "
-        "kept\n"
+        "error: the disk is full at /runs/first/metrics.jsonl; make room and run it again, with --resume where "
+        "the command has it\n"
     )
 
 

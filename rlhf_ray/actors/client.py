@@ -1,4 +1,4 @@
-"""The driver's side of a pool's actor: where it is, whether it still gets on with its work, and why it is gone."""
+"""The driver's side of an actor of ours: where it is, whether it still gets on with its work, and why it is gone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WITH_ITS_NODE = "its node has died"
 
 
 class ActorClient:
-    """What the clients of a pool's actors have in common. The actor is a ``PulsingWorker``.
+    """What the clients of our actors have in common. The actor is a ``PulsingWorker``.
 
     From the moment it is placed it is watched: one that has work and makes no progress for ``hang_timeout_s`` (loading:
     six times that), or does not answer for so long, is ended, and every call under way raises ``WorkerDiedError``. Time
@@ -68,17 +68,14 @@ class ActorClient:
         """Wait until the actor's process runs somewhere."""
         if self._place is None:
             self._place = await self.answer(self._actor.place.remote())
+        if self._watching is None or self._watching.cancelled():  # one ends with the event loop that it began in
             self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
         self.node = f"{self._place.address}/{self._place.node_id[:8]}"
 
-    def ready_ref(self) -> Any:
-        """Ref that resolves when the actor has loaded what it needs."""
-        return self._actor.ready.remote()
-
-    async def ready(self) -> None:
-        """Wait until the actor has loaded what it needs."""
+    async def ready(self, *args: Any) -> None:
+        """Wait until the actor has loaded what it needs; ``args`` go to its own ``ready``."""
         await self.placed()
-        await self.answer(self.ready_ref())
+        await self.answer(self._actor.ready.remote(*args))
 
     async def close(self) -> None:
         """End the actor, placed or not."""
@@ -104,6 +101,8 @@ class ActorClient:
                 await asyncio.wait({answer, self._watching}, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done() and self._verdict is not None:
                     raise await asyncio.shield(self._verdict)
+                if self._watching.done() and not self._watching.cancelled():
+                    self._watching.result()  # a watch that failed is not swallowed
             return await answer
         except DEATHS as error:
             raise await asyncio.shield(self._judge("died", str(error))) from error
@@ -139,7 +138,7 @@ class ActorClient:
                 self._judge("hung", f"no progress for {limit:g} s (hang_timeout_s = {self._hang_timeout_s:g})")
                 return
             await asyncio.sleep(min(PULSE_SECONDS, self._hang_timeout_s / 4))
-            quiet += min(time.monotonic() - began, DOUBT_SECONDS + 2 * PULSE_SECONDS)
+            quiet += _lived(began)
 
     async def _next_pulse(self) -> Pulse:
         """What the worker says of itself.
@@ -150,13 +149,13 @@ class ActorClient:
         """
         assert self._place is not None
         pulse: asyncio.Future[Pulse] = asyncio.wrap_future(self._actor.pulse.remote().future())
-        refusals, waited = 0, 0.0
+        refusals, waited, began = 0, 0.0, time.monotonic()
         try:
             while not (await asyncio.wait({pulse}, timeout=min(DOUBT_SECONDS, self._hang_timeout_s)))[0]:
-                waited += min(DOUBT_SECONDS, self._hang_timeout_s)
                 refusals = refusals + 1 if await asyncio.to_thread(node_is_gone, self._place.node_id) else 0
                 if refusals == REFUSALS:
                     raise NodeDiedError("its node does not answer")
+                waited, began = waited + _lived(began), time.monotonic()
                 if waited >= self._hang_timeout_s:
                     raise TimeoutError
             return pulse.result()
@@ -189,8 +188,13 @@ class ActorClient:
         return f" {doing} (peak memory {self._pulse.peak_bytes / 1e9:.2f} GB)"
 
 
+def _lived(began: float) -> float:
+    """Seconds since then, but for time in which this process cannot have run."""
+    return min(time.monotonic() - began, DOUBT_SECONDS + 2 * PULSE_SECONDS)
+
+
 def _account(found: Evidence) -> str:
     """The evidence as the end of a message."""
-    shortage = f"; {found.shortage}" if found.shortage else ""
+    full = f"; {found.full_shm}" if found.full_shm else ""
     lines = "".join(f"\n  {line}" for line in found.log)
-    return shortage + (f"; its log ends:{lines}" if lines else "; its log is empty")
+    return full + (f"; its log ends:{lines}" if lines else "; its log is empty")

@@ -43,7 +43,7 @@ class Evidence:
 
     log: tuple[str, ...] = ()
     stacks: str = ""
-    shortage: str = ""
+    full_shm: str = ""
 
 
 async def gather_evidence(place: Place, *, hung: bool) -> Evidence:
@@ -63,7 +63,7 @@ async def gather_evidence(place: Place, *, hung: bool) -> Evidence:
 def examine(place: Place, *, hung: bool) -> Evidence:
     """``gather_evidence``, on the node of the process."""
     log = tuple(_last_lines(f"{place.logs}.out") + _last_lines(f"{place.logs}.err"))
-    return Evidence(log=log, stacks=_stacks(place) if hung else "", shortage=_shortage())
+    return Evidence(log=log, stacks=_stacks(place) if hung else "", full_shm=_full_shm())
 
 
 def _last_lines(pattern: str) -> list[str]:
@@ -97,7 +97,7 @@ def _stacks(place: Place) -> str:
     return _text(errors, before)
 
 
-def _shortage() -> str:
+def _full_shm() -> str:
     if not Path(SHM).exists():
         return ""
     shm = shutil.disk_usage(SHM)

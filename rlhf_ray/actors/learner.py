@@ -246,6 +246,6 @@ class RayLearner:
 
 async def _up(rank: LearnerRank, store: asyncio.Future[tuple[str, int] | None]) -> None:
     try:
-        await rank.call("ready", await asyncio.shield(store))
+        await rank.ready(await asyncio.shield(store))
     except WorkerDiedError as error:
         raise LearnerDiedError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What a pool's actor tells of itself while it works: what it is at, how far it is, and the memory it took."""
+"""What an actor of ours tells of itself while it works: what it is at, how far it is, and the memory it took."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import ray
 
@@ -53,6 +53,8 @@ class Pulse:
 
 class PulsingWorker:
     """A worker that says where it runs and how it is doing. Async: it answers while its work runs in a thread."""
+
+    CONCURRENCY_GROUPS: ClassVar = {PULSE_GROUP: 1}
 
     def __init__(self) -> None:
         self._phase = "idle"

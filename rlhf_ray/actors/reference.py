@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,9 +100,9 @@ class RayReference:
         names = [f"reference-{i}" for i in range(max(1, config.reference.count))]
         return cls([ReferenceActor.start(name, config, model_options) for name in names])
 
-    def ready_refs(self) -> dict[str, Any]:
-        """Name → ref that resolves when that actor is up."""
-        return {reference.name: reference.ready_ref() for reference in self._references}
+    def ready_refs(self) -> dict[str, Awaitable[None]]:
+        """By name, what returns when that actor is up."""
+        return {reference.name: reference.ready() for reference in self._references}
 
     async def logprobs(self, rollout: Ref) -> Ref:
         i = min(range(len(self._references)), key=self._load.__getitem__)

@@ -36,7 +36,7 @@ _PASSING = (BackPressureError, ReplicaUnavailableError, DeploymentUnavailableErr
 
 
 class ServedScorer:
-    """Scores rollouts through a Serve handle; satisfies ``interfaces.ScorerProcess``.
+    """Scores rollouts through a Serve handle; satisfies ``interfaces.PooledScorer``.
 
     Scoring changes nothing in the service, so a call whose replica died may be made again, as a ``ScorerPool`` does.
     """
@@ -146,7 +146,7 @@ CONCURRENT_CALLS = 1000
 
 
 class ActorScorer(ActorClient):
-    """Client of a ``ScorerWorker`` actor; satisfies ``interfaces.ScorerProcess``."""
+    """Client of a ``ScorerWorker`` actor; satisfies ``interfaces.PooledScorer``."""
 
     @classmethod
     def start(cls, name: str, config: RunConfig, section: RemoteScorerConfig | FunctionScorerConfig) -> ActorScorer:
@@ -195,7 +195,7 @@ class RayScorers:
         scorers: dict[str, tuple[float, Scorer]] = {}
         pools: list[ScorerPool] = []
         starters: list[ActorStarter[ActorScorer]] = []
-        for place, section in enumerate(config.scorers):
+        for index, section in enumerate(config.scorers):
             if section.kind == "served":
                 pool = served_pool(handle, name=section.name, max_prompt_tries=config.ppo.max_prompt_tries)
                 scorers[section.name] = section.weight, pool
@@ -206,7 +206,7 @@ class RayScorers:
             pool = ScorerPool(
                 starter,
                 name=section.name,
-                section=f"scorers.{place}",
+                section=f"scorers.{index}",
                 max_concurrent=CONCURRENT_CALLS,
                 max_restarts=section.max_restarts,
                 max_prompt_tries=config.ppo.max_prompt_tries,

@@ -10,7 +10,8 @@
     _feed     ids of the ledger   one _rollout a slot  a slot                          _learn, publishing a version
     _rollout  a prompt            its experiences      a READY generator, its          weight sync, the workers
                                                        responses, scores and ref lps
-              (one that no worker can work on is quarantined, and its slot passes to the ledger's next id)
+              (one that no worker can work on is quarantined, and its slot passes to the ledger's next id; one whose
+              responses are lost with a node is sampled again)
     _learn    a batch             a version            B prompts' experiences that     _rollout
                                                        the buffer's rule lets go
 
@@ -124,7 +125,7 @@ class Pipeline:
         self._tally = Tally()
         self._occupancy = Occupancy(_now)
         self._pools: list[WorkerPool[Any]] = [p for p in (pool, references, *scorer_pools) if p is not None]
-        self._watchdog = Watchdog(self._occupancy, self._pools, timeout_s=hang_timeout_s, state=lambda: self.status())
+        self._watchdog = Watchdog(self._occupancy, self._pools, timeout_s=hang_timeout_s, state=self.status)
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from rlhf_ray.errors import DataLostError, StalenessError, WorkerDiedError
-from rlhf_ray.interfaces import Generator, Reference, ScorerProcess
+from rlhf_ray.interfaces import Generator, PooledScorer, Reference
 from rlhf_ray.pipeline.workers import Member, WorkerPool
 from rlhf_ray.types import Prompt, Ref, RolloutReceipt, Score, VersionedWeights, WeightAck
 
@@ -110,7 +110,7 @@ class ReferencePool(WorkerPool[Reference]):
         )
 
 
-class ScorerPool(WorkerPool[ScorerProcess]):
+class ScorerPool(WorkerPool[PooledScorer]):
     """One scorer, whose process is replaced when it dies; satisfies ``interfaces.Scorer``.
 
     Args:
@@ -123,7 +123,7 @@ class ScorerPool(WorkerPool[ScorerProcess]):
 
     def __init__(
         self,
-        factory: Callable[[str], Awaitable[ScorerProcess]],
+        factory: Callable[[str], Awaitable[PooledScorer]],
         *,
         name: str,
         section: str,

@@ -59,8 +59,8 @@ log = logging.getLogger("rlhf_ray.serving")
 FAILURES_OF_THE_SICK = 3
 """Forwards in a row without a score after which a replica is replaced."""
 
-LONGEST_FORWARD_SECONDS = 600.0
-"""A forward that takes longer hangs, and its replica is replaced."""
+LONGEST_FORWARD_SECONDS = 300.0
+"""A forward that takes longer hangs, and its replica is replaced: well before ``hang_timeout_s`` ends a run."""
 
 WARM_UP_TOKENS = 32
 """Of each row of the warm-up that the first expected waits are reckoned from."""

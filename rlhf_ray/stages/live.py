@@ -38,14 +38,15 @@ _POLL_SECONDS = 0.2
 def status(run_dir: str | Path) -> dict[str, Any]:
     """How a PPO run stands; JSON-ready.
 
-    ``status`` is starting, running, restarting (a rank of the learner died, and the workers begin again from the newest
-    checkpoint), finishing (its loop is over, and the policy is being written), silent (nothing was
-    heard for ``SILENCE_SECONDS``: its process is gone or hangs), or how it ended: finished, interrupted, failed, then
-    with ``cause``. ``running`` is whether its workers work now, ``silent_seconds`` the age of what follows: ``step``,
-    ``steps``, ``version``, ``staleness`` (in versions, with its bound), ``queue`` (prompts by stage; slots),
-    ``occupancy`` (share of the last minute in which a stage had something to do), ``generators`` and ``references``
-    (each pool with its workers; null where there are no references), ``replicas`` of the reward model by state, and
-    ``scale``, the last wish taken. All of that is absent before the loop has begun.
+    ``status`` is starting, running, restarting (a rank of the learner died, or what waited for it was lost, and the
+    workers begin again from the newest checkpoint), finishing (its loop is over, and the policy is being written),
+    silent (nothing was heard for ``SILENCE_SECONDS``: its process is gone or hangs), or how it ended: finished,
+    interrupted, failed, then with ``cause``. ``running`` is whether its workers work now, ``silent_seconds`` the age of
+    what follows: ``step``, ``steps``, ``version``, ``staleness`` (in versions, with its bound), ``queue`` (prompts by
+    stage; slots), ``quarantined`` (prompts, with their bound), ``deaths`` (workers that died, by kind), ``occupancy``
+    (share of the last minute in which a stage had something to do), ``generators`` and ``references`` (each pool with
+    its workers; null where there are no references), ``replicas`` of the reward model by state, and ``scale``, the last
+    wish taken. All of that is absent before the loop has begun.
 
     Raises:
         ConfigError: the folder holds no run.

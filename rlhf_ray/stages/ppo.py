@@ -239,7 +239,7 @@ async def _run_to_its_end(run: _Run, start: _Start) -> RunSummary:
         except (LearnerDiedError, DataLostError) as error:
             if run.stop_wished.is_set():
                 raise type(error)(f"{error}; the run was being stopped: go on with --resume") from error
-            run.deaths["learner"] += 1
+            run.deaths["learner"] += isinstance(error, LearnerDiedError)
             before = start.step
             start = await asyncio.to_thread(_newest_start, config, run.identity)
             in_a_row = 1 if start.step > before else in_a_row + 1

@@ -655,7 +655,7 @@ def test_a_resumed_run_that_needs_fewer_prompts_than_were_issued_loses_none(make
     )
     first.go()
     checkpoint = first.checkpoints.marked[0]
-    assert checkpoint.state["ledger"]["next_id"] > 20, "more are issued than five steps need"
+    assert checkpoint.state["ledger"]["next_id"] > 20, "more are issued than four steps need"
     second = make_run(learner=FakeLearner(max_staleness=3), ppo={"steps": 4, "max_staleness": 3})
     resume_from(second, checkpoint)
     summary = second.go()

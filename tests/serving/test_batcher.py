@@ -187,6 +187,21 @@ async def test_the_warm_up_keeps_a_few_short_calls_from_making_the_wait_look_lon
     assert batcher.expected_wait() == pytest.approx(1.1)
 
 
+async def test_the_age_of_a_forward_under_way_is_told_and_ends_with_it() -> None:
+    forward = FirstToken()
+    batcher = a_batcher(forward)
+    for first in (1, 13):
+        forward.go.clear()
+        forward.began.clear()
+        scoring = asyncio.create_task(batcher.score([[first]]))
+        await forward.began.wait()
+        assert batcher.running_seconds() > 0
+        forward.go.set()
+        await asyncio.wait([scoring])
+        await batcher.idle()
+        assert batcher.running_seconds() == 0
+
+
 async def test_failures_in_a_row_are_counted_and_a_score_ends_the_count() -> None:
     batcher = a_batcher(FirstToken())
     for expected in (1, 2):

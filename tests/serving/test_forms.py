@@ -277,8 +277,8 @@ async def test_a_model_that_scores_no_more_is_neither_ready_nor_healthy(
 
 async def test_a_model_whose_forward_never_ends_is_not_healthy(service: RewardService) -> None:
     await service.check_health()
-    service._models["toxicity"].batcher._running_since = time.monotonic() - 601
-    with pytest.raises(ScorerError, match="a forward of model toxicity has been under way for 601 s"):
+    service._models["toxicity"].batcher._running_since = time.monotonic() - 301
+    with pytest.raises(ScorerError, match="a forward of model toxicity has been under way for 301 s"):
         await service.check_health()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -28,7 +27,6 @@ from ray.exceptions import ActorDiedError
 from ray.serve.config import AutoscalingConfig
 
 from rlhf_ray.actors.scorer import RayScorers, ServedScorer, served_pool
-from rlhf_ray.cluster import job_is_alive
 from rlhf_ray.config import RunConfig
 from rlhf_ray.errors import ConfigError, ResourceError, ScorerError
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
@@ -238,9 +236,6 @@ def test_a_run_takes_over_the_service_that_its_killed_process_has_left(
     assert httpx.get(f"{url}/readyz").status_code == 200
     process.kill()
     process.communicate()
-    job = json.loads((tmp_path / "control" / "service.json").read_text())["job"]
-    while job_is_alive(job):
-        time.sleep(0.1)
     with sole_owner(tmp_path, "left"), served_reward(a_config(name="left"), tiny_reward_dir) as mine:
         assert httpx.get(f"{mine.url}/readyz").status_code == 200
     assert "left" not in serve.status().applications

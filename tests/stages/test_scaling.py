@@ -205,7 +205,7 @@ def test_a_pool_with_a_max_follows_the_nodes_that_come_and_go(
 
 @pytest.mark.parametrize("nodes", [{"_system_config": {"max_direct_call_object_size": 1}}], indirect=True)
 def test_large_responses_that_go_with_their_node_are_made_again(
-    nodes: Cluster, make_config: Callable[..., RunConfig]
+    nodes: Cluster, make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As responses of 100 kB and more, all of these stay on the node that sampled them."""
 
@@ -222,6 +222,8 @@ def test_large_responses_that_go_with_their_node_are_made_again(
     config = make_config(generator={"count": 2, "num_cpus": 3, "max_restarts": 0}, ppo={"checkpoint_every": 5})
     summary = operated(config, work)
     assert (summary.status, summary.lost, summary.trained_twice) == ("interrupted", 0, 0)
+    assert "went with the node that held it" in caplog.text
+    assert summary.deaths["generator"] >= 2
     ledger = load_state(latest_checkpoint(config.run_dir / "checkpoints") / "pipeline")["ledger"]
     assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
 
@@ -257,6 +259,7 @@ def test_when_a_rank_of_the_learner_dies_or_hangs_the_run_goes_on_from_its_newes
     assert checkpoint is not None
     ledger = load_state(checkpoint / "pipeline")["ledger"]
     assert sum(last - first + 1 for first, last in ledger["trained"]) == 8 * summary.steps
+    assert summary.deaths["learner"] == 2
     assert re.search("rank [01] of the learner died while ", caplog.text)
     assert re.search("rank [01] of the learner hung while .*did not answer for 60 s", caplog.text)
 
