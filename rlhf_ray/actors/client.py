@@ -105,7 +105,7 @@ class ActorClient:
                     self._watching.result()  # a watch that failed is not swallowed
             return await answer
         except DEATHS as error:
-            raise await asyncio.shield(self._judge("died", str(error))) from error
+            raise await asyncio.shield(self._judge(str(error), hung=False)) from error
         except ObjectLostError as error:
             raise DataLostError(f"what {self.name} was to read went with the node that held it") from error
         finally:
@@ -120,10 +120,10 @@ class ActorClient:
             try:
                 pulse = await self._next_pulse()
             except TimeoutError:
-                self._judge("hung", f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)")
+                self._judge(f"its process did not answer for {self._hang_timeout_s:g} s (hang_timeout_s)", hung=True)
                 return
             except DEATHS as error:
-                self._judge("died", str(error))
+                self._judge(str(error), hung=False)
                 return
             except RayError as error:
                 log.warning("%s could not be asked how it is doing, and is asked again: %s", self.name, error)
@@ -135,7 +135,7 @@ class ActorClient:
                 quiet = 0.0
             limit = self._hang_timeout_s * (LOADING_FACTOR if pulse.phase.startswith(LOADING) else 1)
             if quiet > limit:
-                self._judge("hung", f"no progress for {limit:g} s (hang_timeout_s = {self._hang_timeout_s:g})")
+                self._judge(f"no progress for {limit:g} s (hang_timeout_s = {self._hang_timeout_s:g})", hung=True)
                 return
             await asyncio.sleep(min(PULSE_SECONDS, self._hang_timeout_s / 4))
             quiet += _lived(began)
@@ -162,24 +162,23 @@ class ActorClient:
         finally:
             pulse.cancel()
 
-    def _judge(self, fate: str, cause: str) -> asyncio.Task[WorkerDiedError]:
+    def _judge(self, cause: str, *, hung: bool) -> asyncio.Task[WorkerDiedError]:
         """Find out what became of the worker, once; whoever waits for it is told the same."""
         if self._verdict is None:
-            self._verdict = asyncio.create_task(self._find_out(fate, cause), name=f"what became of {self.name}")
+            self._verdict = asyncio.create_task(self._find_out(cause, hung=hung), name=f"what became of {self.name}")
         return self._verdict
 
-    async def _find_out(self, fate: str, cause: str) -> WorkerDiedError:
+    async def _find_out(self, cause: str, *, hung: bool) -> WorkerDiedError:
         told = " ".join(cause.split())[:CAUSE_CHARACTERS]
         if self._place is None:
             kind = NodeLostError if WITH_ITS_NODE in cause else WorkerDiedError
             return kind(f"{self.name} died while it started: {told}")
         if await asyncio.to_thread(node_is_gone, self._place.node_id):
             return NodeLostError(f"{self.name} died{self._last_seen()}: its node is gone, and its log with it; {told}")
-        hung = fate == "hung"
         found = await gather_evidence(self._place, hung=hung)
         if hung:
             log.warning("%s hung; its stacks: %s", self.name, found.stacks or "none, the process does not run")
-        return WorkerDiedError(f"{self.name} {fate}{self._last_seen()}: {told}{_account(found)}")
+        return WorkerDiedError(f"{self.name} {'hung' if hung else 'died'}{self._last_seen()}: {told}{_account(found)}")
 
     def _last_seen(self) -> str:
         if self._pulse is None:

@@ -23,8 +23,8 @@ LAST_LINES = 4
 LINE_CHARACTERS = 200
 TAIL_BYTES = 64_000
 
-STACKS_SECONDS = 0.5
-"""A process that can still write its stacks has done so by then."""
+STACKS_SECONDS = 4.0
+"""A process that can still write its stacks has done so by then; most do so at once."""
 
 NODE_SECONDS = 30.0
 """A node that has not looked at one of its processes by then is not waited for."""
@@ -63,7 +63,9 @@ async def gather_evidence(place: Place, *, hung: bool) -> Evidence:
 def examine(place: Place, *, hung: bool) -> Evidence:
     """``gather_evidence``, on the node of the process."""
     log = tuple(_last_lines(f"{place.logs}.out") + _last_lines(f"{place.logs}.err"))
-    return Evidence(log=log, stacks=_stacks(place) if hung else "", full_shm=_full_shm())
+    full_shm = _full_shm()
+    stacks = _end_with_stacks(place) if hung else ""
+    return Evidence(log=log, stacks=stacks, full_shm=full_shm)
 
 
 def _last_lines(pattern: str) -> list[str]:
@@ -81,20 +83,27 @@ def _text(pattern: str, since: int | None = None) -> str:
     return ""
 
 
-def _stacks(place: Place) -> str:
-    """What every thread is at; empty from a process that is stopped. The process is ended.
+def _end_with_stacks(place: Place) -> str:
+    """End the process; what every thread of it was at, empty where it was stopped or is gone.
 
-    Ray's own kill asks the process to end, and one that is stopped does not hear of it.
+    It is killed, since a process that is stopped would hear of no request to end.
     """
     errors = f"{place.logs}.err"
     before = sum(Path(name).stat().st_size for name in glob.glob(errors))
+    stacks = ""
     try:
         os.kill(place.pid, signal.SIGUSR1)
-        time.sleep(STACKS_SECONDS)
+        end = time.monotonic() + STACKS_SECONDS
+        while time.monotonic() < end:
+            time.sleep(STACKS_SECONDS / 20)
+            longer = _text(errors, before)
+            if longer and longer == stacks:
+                break
+            stacks = longer
         os.kill(place.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return ""
-    return _text(errors, before)
+        pass
+    return stacks
 
 
 def _full_shm() -> str:
