@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import glob
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.actors.pulse import Place
+
+log = logging.getLogger("rlhf_ray.cluster")
 
 LAST_LINES = 4
 """Lines of each of a process's two logs that an error repeats, and the most characters of each."""
@@ -62,10 +65,10 @@ async def gather_evidence(place: Place, *, hung: bool) -> Evidence:
 
 def examine(place: Place, *, hung: bool) -> Evidence:
     """``gather_evidence``, on the node of the process."""
-    log = tuple(_last_lines(f"{place.logs}.out") + _last_lines(f"{place.logs}.err"))
+    lines = tuple(_last_lines(f"{place.logs}.out") + _last_lines(f"{place.logs}.err"))
     full_shm = _full_shm()
     stacks = _end_with_stacks(place) if hung else ""
-    return Evidence(log=log, stacks=stacks, full_shm=full_shm)
+    return Evidence(log=lines, stacks=stacks, full_shm=full_shm)
 
 
 def _last_lines(pattern: str) -> list[str]:
@@ -102,7 +105,7 @@ def _end_with_stacks(place: Place) -> str:
             stacks = longer
         os.kill(place.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass
+        log.debug("process %d was gone before it was ended", place.pid)
     return stacks
 
 
