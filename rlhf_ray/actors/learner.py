@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -48,6 +48,7 @@ class LearnerWorker(PulsingWorker):
         self._size = size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     async def open_store(self) -> tuple[str, int]:
         """Where the other ranks find this one: address and port."""
@@ -84,10 +85,13 @@ class LearnerWorker(PulsingWorker):
 
     async def save(self, folder: str) -> None:
         """Copies; a thread writes while the next steps are taken."""
+        if self._writing is not None:  # one that another rank's failure has ended may still be under way here
+            await asyncio.gather(asyncio.wrap_future(self._writing), return_exceptions=True)
         copy = await self._work("copying for a checkpoint", self._learner.copy)
         self._writing = self._writer.submit(self._write, copy, Path(folder))
 
     async def written(self, wait: bool) -> bool:
+        assert self._writing is not None
         if not wait and not self._writing.done():
             return False
         await asyncio.wrap_future(self._writing)

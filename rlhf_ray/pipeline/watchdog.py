@@ -23,6 +23,10 @@ log = logging.getLogger("rlhf_ray.pipeline")
 LOOKS = 10
 """How often within the time allowed it looks."""
 
+HEAD_START_SECONDS = 45.0
+"""How much longer than the watch over one worker this one waits: a rank of the learner that hangs over a checkpoint is
+found out first, its stacks are taken, and the ranks begin again."""
+
 OF_THE_LEARNER = ("train", "publish")
 """Stages whose calls the learner's own client watches."""
 
@@ -31,7 +35,8 @@ class Watchdog:
     """Watches the stages of one loop.
 
     Args:
-        timeout_s: a loop in which no call of any stage begins or ends for so long hangs, unless a worker is at work.
+        timeout_s: a loop in which no call of any stage begins or ends for so long, and ``HEAD_START_SECONDS`` more,
+            hangs, unless a worker is at work.
         pools: those that are watched excuse it while a worker works, or while all of them start or wait for a place.
         state: of the run, JSON-ready; it goes to the log with the stacks of all tasks.
     """
@@ -47,6 +52,7 @@ class Watchdog:
         self._occupancy = occupancy
         self._pools = pools
         self._timeout_s = timeout_s
+        self._between_looks = (timeout_s + HEAD_START_SECONDS) / LOOKS
         self._state = state
 
     async def watch(self) -> NoReturn:
@@ -57,7 +63,7 @@ class Watchdog:
         """
         looks, moved = 0, self._occupancy.moved
         while looks < LOOKS:  # counted and not timed: while this process was stopped nobody could move
-            await asyncio.sleep(self._timeout_s / LOOKS)
+            await asyncio.sleep(self._between_looks)
             looks = 0 if self._is_excused() or self._occupancy.moved != moved else looks + 1
             moved = self._occupancy.moved
         raise self._hang()
@@ -74,8 +80,8 @@ class Watchdog:
         calls = [f"{stage} ({number} under way)" for stage, number in self._occupancy.under_way().items()]
         where = f"in {' and '.join(calls)}" if calls else "with no stage at work, which is a bug of rlhf_ray"
         return HangError(
-            f"the run hangs {where}: nothing has moved for {self._timeout_s:g} s; the log has its state and stacks. "
-            "Mend what does not answer and go on with --resume, or raise hang_timeout_s if it is only slow"
+            f"the run hangs {where}: nothing has moved for over {self._timeout_s:g} s; the log has its state and "
+            "stacks. Mend what does not answer and go on with --resume, or raise hang_timeout_s if it is only slow"
         )
 
 

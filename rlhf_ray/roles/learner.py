@@ -113,6 +113,7 @@ class PPOLearner:
         )
         self._version = 0
         self._skipped_in_a_row = 0
+        self._copy: LearnerCopy | None = None
         self._probe_ids = _draw_probe(language_model.config, self._tokenizer, config.seed).to(self._device)
 
     @property
@@ -190,10 +191,11 @@ class PPOLearner:
 
     def copy(self) -> LearnerCopy:
         """Everything that the next step depends on: weights, value head, optimiser, version, RNG; of this rank its
-        part. The learning rate follows from the version.
+        part. The learning rate follows from the version. The copy before must be written: its memory is used again.
         """
         state = {"version": self._version, "skipped_in_a_row": self._skipped_in_a_row}
-        return LearnerCopy(self._lasting(), state, self._ranks)
+        self._copy = LearnerCopy(self._lasting(), state, self._ranks, before=self._copy)
+        return self._copy
 
     def save(self, folder: Path) -> None:
         """Write that.

@@ -76,7 +76,8 @@ def check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool)
     newest = latest_checkpoint(checkpoints)
     if newest is None:
         raise ConfigError(
-            f"--resume: there is no whole checkpoint in {checkpoints}; run without --resume to start afresh"
+            f"--resume: there is no whole checkpoint in {checkpoints}; start afresh, with --overwrite where a training "
+            "was cut short before its first one"
         )
     then = json.loads((newest / IDENTITY_FILE).read_text(encoding="utf-8"))
     if changed := [key for key, value in identity.items() if then.get(key) != value]:

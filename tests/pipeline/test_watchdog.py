@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
 import pytest
 
-from rlhf_ray.errors import HangError
+from rlhf_ray.errors import HangError, LearnerDiedError
 from rlhf_ray.testing import FakeCheckpoints, FakeGenerator, FakeLearner, FakeReference, FakeScorer
 
 FOR_EVER = 1e6
@@ -19,7 +20,9 @@ def test_a_service_that_never_answers_is_named_and_the_log_has_state_and_stacks(
     run = make_run(scorer=FakeScorer(seconds=FOR_EVER), ppo={"max_staleness": 1, "batch_size": 4})
     with (
         caplog.at_level(logging.ERROR, logger="rlhf_ray.pipeline"),
-        pytest.raises(HangError, match=r"hangs in score \(8 under way\): nothing has moved for 600 s.*hang_timeout_s"),
+        pytest.raises(
+            HangError, match=r"hangs in score \(8 under way\): nothing has moved for over 600 s.*hang_timeout_s"
+        ),
     ):
         run.go()
     (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -49,6 +52,19 @@ def test_a_checkpoint_that_is_never_written_is_named(make_run) -> None:
         ppo={"steps": 20, "checkpoint_every": 2},
     )
     with pytest.raises(HangError, match=r"hangs in checkpoint \(1 under way\)"):
+        run.go()
+
+
+def test_a_learner_that_is_found_out_over_a_checkpoint_is_told_as_such(make_run) -> None:
+    """Its own watch and this one begin at the same moment, and only the first knows which rank hangs."""
+
+    class Hanging(FakeCheckpoints):
+        async def begin(self, step, state, scored):
+            await asyncio.sleep(640.0)  # the time allowed, and what it takes to look at the process
+            raise LearnerDiedError("rank 1 of the learner hung")
+
+    run = make_run(make_checkpoints=Hanging, ppo={"steps": 20, "checkpoint_every": 2})
+    with pytest.raises(LearnerDiedError, match="rank 1"):
         run.go()
 
 

@@ -399,6 +399,23 @@ def test_a_checkpoint_of_the_start_undoes_later_steps(make_learner: MakeLearner,
     assert learner.train_step(batch(), kl_coef=0.1).metrics == expected.metrics
 
 
+def test_a_copy_is_of_its_moment_though_later_steps_are_taken_before_it_is_written(
+    make_learner: MakeLearner, tmp_path: Path
+) -> None:
+    """The second one is made in the memory of the first, which is written."""
+    learner, resumed = make_learner(), make_learner()
+    for version in (0, 2):
+        learner.train_step(batch(version=version), kl_coef=0.1)
+        taken = learner.copy()
+        then = {name: value.clone() for name, value in parameters(learner).items()}
+        learner.train_step(batch(version=version + 1), kl_coef=0.1)
+        taken.write(tmp_path / f"step-{version + 1}")
+        assert resumed.load(tmp_path / f"step-{version + 1}") == version + 1
+        assert all(torch.equal(value, then[name]) for name, value in parameters(resumed).items())
+    resumed.load(tmp_path / "step-1")
+    assert not any(torch.equal(value, then[name]) for name, value in parameters(resumed).items() if "norm" not in name)
+
+
 def test_a_checkpoint_of_another_model_is_refused(make_learner: MakeLearner, tmp_path: Path) -> None:
     learner = make_learner()
     learner.save(tmp_path / "checkpoint")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 from torch.multiprocessing.spawn import spawn
 
@@ -131,6 +132,8 @@ def one_rank(rank: int, port: int, folder: Path, out: Path) -> None:
     every_rank = ranks.gather((learner.version, outcomes["diverged"]["skipped"], ranks.rank))
     if rank == 0:
         torch.save(outcomes | {"every_rank": every_rank}, out / "outcomes.pt")
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

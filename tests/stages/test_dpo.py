@@ -18,7 +18,7 @@ import ray
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.checkpoint import mark_complete
+from rlhf_ray.checkpoint import mark_complete, marked_checkpoints
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.preferences import Preference, write_preferences
 from rlhf_ray.errors import ConfigError, DataError, ResourceError
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_no_process_and_resume_ends_in_the_policy(
             seen = []
             for line in process.stdout:
                 seen.append(line)
-                if "optimiser steps" in line:
+                if "optimiser steps" in line and marked_checkpoints(config.run_dir / "dpo.checkpoints"):
                     break
             started = psutil.Process(process.pid).children(recursive=True)
             assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in started), seen
