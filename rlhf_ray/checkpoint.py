@@ -176,7 +176,10 @@ def prune(root: Path, keep: int) -> None:
         return
     for folder in root.iterdir():
         if folder.is_dir() and folder not in kept and folder.name < kept[-1].name:
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("%s is no longer needed and could not be removed: %s", folder, error)
 
 
 @contextmanager

@@ -104,8 +104,8 @@ class PoolSection(Section):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="Replacements of dead workers before the run ends with the cause; lost nodes do not count, nor "
-        "deaths on prompts that are quarantined.",
+        description="Replacements of dead workers since the newest checkpoint before the run ends with the cause; lost "
+        "nodes do not count, nor deaths on prompts that are quarantined.",
     )
 
     @property
@@ -580,8 +580,8 @@ class ActorScorerConfig(ScorerConfig):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="Replacements of its dead process before the run ends with the cause; lost nodes do not count, nor "
-        "deaths on prompts that are quarantined.",
+        description="Replacements of its dead process since the newest checkpoint before the run ends with the cause; "
+        "lost nodes do not count, nor deaths on prompts that are quarantined.",
     )
 
 
@@ -685,7 +685,7 @@ class RunConfig(Section):
         gt=0,
         description="A worker of ppo that has work (or loads its model) and makes no progress for so long, or does not "
         "answer, is taken for dead: its stacks are logged, and it is ended. A run in which nothing moves for so long "
-        "and no worker is at work ends. Seconds.",
+        "and 45 s more, and no worker is at work, ends. Seconds.",
     )
     model: ModelConfig
     prompts: PromptsConfig

@@ -128,6 +128,10 @@ class ActorClient:
             except RayError as error:
                 log.warning("%s could not be asked how it is doing, and is asked again: %s", self.name, error)
                 await asyncio.sleep(PULSE_SECONDS)
+                quiet += _lived(began)
+                if quiet > self._hang_timeout_s:
+                    self._judge(f"it cannot be asked how it is doing ({error})", hung=True)
+                    return
                 continue
             before, self._pulse = self._pulse, pulse
             idle = not pulse.busy and (pulse.bounded or not self._calls)

@@ -5,6 +5,9 @@ the object store.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,9 @@ T = TypeVar("T")
 CAUSE_SECONDS = 5.0
 """How long the other ranks are heard after one of them has failed: theirs may be the cause."""
 
+WRITING_NICENESS = 10
+"""Of the thread that writes checkpoints: it gets a tenth of a core that others want, and all of one that is idle."""
+
 CONCURRENT_CALLS = 8
 """Of one rank: its work, and questions about what it writes."""
 
@@ -47,7 +53,7 @@ class LearnerWorker(PulsingWorker):
         self._rank = rank
         self._size = size
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_the_cores)
         self._writing: Future[None] | None = None
 
     async def open_store(self) -> tuple[str, int]:
@@ -125,6 +131,12 @@ class LearnerWorker(PulsingWorker):
             device = torch.device(self._options["device"])
             self._options["ranks"] = Ranks.joined(reached, rank=self._rank, size=self._size, device=device)
         self._learner = PPOLearner(**self._options, on_forward=self._advance)
+
+
+def _yield_the_cores() -> None:
+    """What this thread does can wait for training, where both want the same cores."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITING_NICENESS)
 
 
 class LearnerRank(ActorClient):

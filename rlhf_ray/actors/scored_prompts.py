@@ -1,4 +1,4 @@
-"""Scored prompts to disk and back by Ray tasks: the driver holds refs, and opens no response."""
+"""Scored prompts to disk and back in processes of Ray: the driver holds refs, and opens no response."""
 
 from __future__ import annotations
 
@@ -16,26 +16,40 @@ from rlhf_ray.roles.scored_prompts import read_responses, read_scored, save_scor
 from rlhf_ray.types import ExperienceRefs, Ref, ScoredPrompt
 
 
-async def save_scored_refs(folder: Path, prompts: Sequence[ScoredPrompt]) -> None:
-    """Write scored prompts, whose refs are Ray's.
-
-    Raises:
-        CheckpointError: the disk is full, or fails, or the process that writes has ended.
-        DataLostError: one of the responses is gone.
+class ScoredPromptsWriter:
+    """Writes scored prompts, whose refs are Ray's, in one process that it keeps: a new one for each checkpoint would
+    spend seconds of two cores on its imports.
     """
-    experiences = [e for prompt in prompts for e in prompt.experiences]
-    opened = [e.rollout for e in experiences] + [e.ref_logprobs for e in experiences]
-    if not experiences:
-        await asyncio.to_thread(save_scored, folder, [], [], [])
-        return
-    try:
-        await _SAVE.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
-    except ObjectLostError as error:
-        raise DataLostError("a scored response went with the node that held it") from error
-    except RayTaskError:
-        raise
-    except RayError as error:
-        raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    async def save(self, folder: Path, prompts: Sequence[ScoredPrompt]) -> None:
+        """
+        Raises:
+            CheckpointError: the disk is full, or fails, or the process that writes has ended.
+            DataLostError: one of the responses is gone.
+        """
+        experiences = [e for prompt in prompts for e in prompt.experiences]
+        opened = [e.rollout for e in experiences] + [e.ref_logprobs for e in experiences]
+        if not experiences:
+            await asyncio.to_thread(save_scored, folder, [], [], [])
+            return
+        if self._actor is None:
+            self._actor = _WRITER.remote()
+        try:
+            await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
+        except ObjectLostError as error:
+            raise DataLostError("a scored response went with the node that held it") from error
+        except RayTaskError:
+            raise
+        except RayError as error:
+            raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error
+
+    def close(self) -> None:
+        """End the process."""
+        if self._actor is not None:
+            ray.kill(self._actor)
 
 
 def load_scored_refs(folder: Path) -> list[ScoredPrompt]:
@@ -54,10 +68,11 @@ def _with_refs(experience: ExperienceRefs, rollout: Ref, ref_logprobs: Ref) -> E
     return replace(experience, rollout=rollout, ref_logprobs=ref_logprobs if has_reference else None)
 
 
-def _save(folder: str, prompts: Sequence[ScoredPrompt], *opened: Any) -> None:
-    """``opened``: the rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
-    half = len(opened) // 2
-    save_scored(Path(folder), prompts, opened[:half], opened[half:])
+class _Writer:
+    def save(self, folder: str, prompts: Sequence[ScoredPrompt], *opened: Any) -> None:
+        """``opened``: the rollouts, then reference log-probabilities or None for each (Ray resolves refs)."""
+        half = len(opened) // 2
+        save_scored(Path(folder), prompts, opened[:half], opened[half:])
 
 
 def _load(folder: str) -> tuple[Any, ...]:
@@ -66,5 +81,5 @@ def _load(folder: str) -> tuple[Any, ...]:
 
 
 # They mostly wait for the disk, and reserve nothing.
-_SAVE = ray.remote(num_cpus=0)(_save)
+_WRITER = ray.remote(num_cpus=0, max_restarts=-1)(_Writer)
 _LOAD = ray.remote(num_cpus=0)(_load)

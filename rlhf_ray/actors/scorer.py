@@ -12,17 +12,17 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from rlhf_ray.actors.client import ActorClient
 from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.actors.starting import ActorStarter
-from rlhf_ray.cluster import start_actor
+from rlhf_ray.cluster import DEATHS, start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
 from rlhf_ray.errors import DataLostError, ForwardFailedError, NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
-from rlhf_ray.pipeline.loop import first_error
+from rlhf_ray.pipeline.groups import task_group
 from rlhf_ray.pipeline.pool import ScorerPool
 from rlhf_ray.pipeline.weighted_scorer import WeightedScorer
 from rlhf_ray.roles.function_scorer import FunctionScorer
@@ -77,7 +77,7 @@ class ServedScorer:
                 delay = self._first_delay * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 log.warning("scoring again in %.1f s: %s", delay, type(error).__name__)
                 await asyncio.sleep(delay)
-            except RayActorError as error:
+            except DEATHS as error:
                 raise WorkerDiedError(f"a replica of the reward model died: {error}") from error
             except ObjectLostError as error:
                 raise DataLostError("a response went with the node that held it before it was scored") from error
@@ -227,14 +227,11 @@ class RayScorers:
             RlhfRayError: or whatever else a pool or the block raised first, itself and not in a group.
         """
         try:
-            async with asyncio.TaskGroup() as lives:
+            async with task_group() as lives:
                 for pool in self.pools:
                     pool.start(lives)
                 yield
                 await self.close()
-        except BaseExceptionGroup as group:
-            cause = first_error(group)
-            raise cause from cause.__cause__
         finally:
             await self.close()
 

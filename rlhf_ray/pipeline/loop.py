@@ -34,6 +34,7 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.errors import CheckpointError, DataLostError, PromptError, RlhfRayError
 from rlhf_ray.interfaces import Checkpoints, Learner, Scorer
 from rlhf_ray.pipeline.buffer import ExperienceBuffer
+from rlhf_ray.pipeline.groups import first_error, task_group
 from rlhf_ray.pipeline.ledger import Ledger
 from rlhf_ray.pipeline.occupancy import Occupancy
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool, ScorerPool
@@ -43,7 +44,7 @@ from rlhf_ray.pipeline.weight_sync import WeightSync
 from rlhf_ray.pipeline.workers import WorkerPool, WorkerState
 from rlhf_ray.types import ExperienceRefs, Prompt, Ref, ScoredPrompt
 
-__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "first_error", "quarantined"]
+__all__ = ["KLController", "Pipeline", "PromptSource", "RunSummary", "quarantined"]
 
 log = logging.getLogger("rlhf_ray.pipeline")
 
@@ -112,6 +113,7 @@ class Pipeline:
         self._prompts = prompts
         self._pool = pool
         self._scorer = scorer
+        self._scorer_pools = scorer_pools
         self._references = references
         self._learner = learner
         self._controller = controller
@@ -129,6 +131,7 @@ class Pipeline:
         self._buffer = ExperienceBuffer(batch_size=config.prompts_per_step, max_staleness=config.max_staleness)
         self._step = 0
         self._saved_step = -1  # a stop before the first step leaves a checkpoint too
+        self._is_saving = False
         self._restored: Sequence[ScoredPrompt] = ()
         self._stopping = False
         # Of ``PROMPT_STAGES``, for each prompt that has a slot and is not in the buffer.
@@ -145,7 +148,7 @@ class Pipeline:
         """
         began = _now()
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with task_group() as tasks:
                 self._buffer.version = await self._sync.publish()
                 for prompt_id in self._buffer.restore(self._restored):
                     self._ledger.unscored(prompt_id)
@@ -160,9 +163,6 @@ class Pipeline:
                 for task in (feeder, watchdog, *self._rollouts):
                     task.cancel()
                 await self._close_pools()
-        except BaseExceptionGroup as group:
-            cause = first_error(group)
-            raise cause from cause.__cause__
         finally:
             await self._close_pools()
         return self._tally.summary(
@@ -334,26 +334,31 @@ class Pipeline:
         began = _now()
         with self._occupancy.busy("checkpoint"):
             await self._checkpoints.begin(self._step, self.state_dict(), self._buffer.finished())
-        self._saved_step = self._step
+        self._saved_step, self._is_saving = self._step, True
         self._tally.learner_stage("checkpoint", _now() - began)
 
     async def _end_save(self, *, wait: bool, last: bool = False) -> None:
-        """Mark the checkpoint under way if it is written.
+        """Mark the checkpoint under way if it is written; what died before it is then forgotten.
 
         Raises:
             CheckpointError: the last one could not be written. The failure of another one is only reported: a run of
                 days should outlive an hour in which the disk was full.
         """
-        if self._checkpoints is None:
+        if self._checkpoints is None or not self._is_saving:
             return
         began = _now()
         try:
             with self._occupancy.busy("checkpoint"):
-                await self._checkpoints.end(wait=wait)
+                self._is_saving = not await self._checkpoints.end(wait=wait)
         except CheckpointError as error:
             if last:
                 raise
+            self._is_saving = False
             log.error("the checkpoint of step %d is missing, and training goes on: %s", self._saved_step, error)
+        else:
+            if not self._is_saving:
+                for pool in self._pools:
+                    pool.forget_deaths()
         self._tally.learner_stage("checkpoint", _now() - began)
 
     def state_dict(self) -> dict[str, Any]:
@@ -394,6 +399,7 @@ class Pipeline:
             "occupancy": self._occupancy.shares(),
             "generators": self._pool.status(),
             "references": self._references.status() if self._references is not None else None,
+            "scorers": {pool.kind: pool.status() for pool in self._scorer_pools if pool.is_watched},
         }
 
     def deaths(self) -> dict[str, int]:
@@ -455,11 +461,3 @@ def quarantined(state: Mapping[str, Any]) -> frozenset[int]:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What ended a task group, itself."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

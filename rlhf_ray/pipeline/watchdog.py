@@ -25,7 +25,7 @@ LOOKS = 10
 
 HEAD_START_SECONDS = 45.0
 """How much longer than the watch over one worker this one waits: a rank of the learner that hangs over a checkpoint is
-found out first, its stacks are taken, and the ranks begin again."""
+found out first, its stacks are taken (``actors.evidence.NODE_SECONDS``), and the ranks begin again."""
 
 OF_THE_LEARNER = ("train", "publish")
 """Stages whose calls the learner's own client watches."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from rlhf_ray.errors import ScorerError
 from rlhf_ray.interfaces import Scorer
+from rlhf_ray.pipeline.groups import task_group
 from rlhf_ray.types import Ref, Score
 
 
@@ -26,11 +26,8 @@ class WeightedScorer:
         Raises:
             ScorerError: one of them has no score, and which; the others are not waited for.
         """
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                asked = {name: tasks.create_task(self._score_by(name, rollout)) for name in self._scorers}
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from group.exceptions[0].__cause__
+        async with task_group() as tasks:
+            asked = {name: tasks.create_task(self._score_by(name, rollout)) for name in self._scorers}
         scores = {name: task.result() for name, task in asked.items()}
         weights = {name: weight for name, (weight, _) in self._scorers.items()}
         return Score(

@@ -118,8 +118,10 @@ class WorkerPool(Generic[W]):
             again, so that is a death too. When cancelled it frees what it has started.
         count: workers to begin with.
         max_concurrent: most calls that one worker has at once.
-        max_restarts: replacements of dead workers before the run ends with the cause; None: as many as it takes.
-            Workers that went with their node do not count, nor those that died of a call that was then given up.
+        max_restarts: replacements of dead workers, since ``forget_deaths`` was last called, before the run ends with
+            the cause; None: as many as it takes. Workers that went with their node do not count, nor those that died of
+            a call that was then given up; where there is room for ``max_prompt_tries`` of them, nor do those of calls
+            that may yet be.
         max_prompt_tries: workers that may die on one call before it is given up; again without lost nodes.
         shrink_to: a worker that went with its node is replaced only where fewer than this are left. None: always.
     """
@@ -153,6 +155,8 @@ class WorkerPool(Generic[W]):
         self._named = 0
         self._closing = False
         self._restarts = 0
+        self._on_trial = 0
+        """Deaths on calls that are still being tried, for each call."""
         self._has_been_up = False
         self.deaths = 0
         """Workers that died, with their node or without, and were not leaving."""
@@ -180,6 +184,10 @@ class WorkerPool(Generic[W]):
         self.wanted = count
         if self._group is not None:
             self._fit()
+
+    def forget_deaths(self) -> None:
+        """The run has got on: count against ``max_restarts`` anew."""
+        self._restarts = 0
 
     def states(self) -> dict[str, WorkerState]:
         """State of every worker that has not gone, by name."""
@@ -250,24 +258,29 @@ class WorkerPool(Generic[W]):
         """
         tries = 0
         again = False
-        while True:
-            alone = 0 < tries == self._max_prompt_tries - 1
-            member = await self._seat(first_in_line=again, alone=alone)
-            assert member.worker is not None
-            try:
-                result = await call(member, member.worker)
-                member.done += 1
-                return result
-            except WorkerDiedError as error:
-                self._bury(member, error)
-                tries += not isinstance(error, NodeLostError)
-                if tries == self._max_prompt_tries:
-                    self._restarts = max(0, self._restarts - tries)  # this call is the cause, and is not made again
-                    raise PromptError(f"{hopeless(tries)}: {error}") from error
-                again = True
-            finally:
-                member.end_one()
-                self._call_next()
+        try:
+            while True:
+                alone = 0 < tries == self._max_prompt_tries - 1
+                member = await self._seat(first_in_line=again, alone=alone)
+                assert member.worker is not None
+                try:
+                    result = await call(member, member.worker)
+                    member.done += 1
+                    return result
+                except WorkerDiedError as error:
+                    counts = not isinstance(error, NodeLostError)
+                    tries += counts
+                    self._on_trial += counts
+                    self._bury(member, error)
+                    if tries == self._max_prompt_tries:
+                        self._restarts = max(0, self._restarts - tries)  # this call is the cause, and is not made again
+                        raise PromptError(f"{hopeless(tries)}: {error}") from error
+                    again = True
+                finally:
+                    member.end_one()
+                    self._call_next()
+        finally:
+            self._on_trial -= tries
 
     async def _seat(self, *, first_in_line: bool, alone: bool) -> Member[W]:
         """Wait for a READY worker with room and take the place, with nothing happening between the two.
@@ -383,7 +396,7 @@ class WorkerPool(Generic[W]):
         member.news.set()
         counts = not leaving and not node_lost
         self.deaths += not leaving
-        if counts and self._max_restarts is not None and self._restarts >= self._max_restarts:
+        if counts and self._max_restarts is not None and self._restarts >= self._max_restarts + self._pardoned():
             fatal = WorkerDiedError(
                 f"{member.name} died and {self.section}.max_restarts = {self._max_restarts} replacements are used up; "
                 f"mend the cause, or raise {self.section}.max_restarts: {error}"
@@ -402,6 +415,11 @@ class WorkerPool(Generic[W]):
             fate = "its node is gone, another one starts as soon as there is room"
         log.warning("%s died: %s; %s", member.name, error, fate)
         self._spawn(self._replace(member), f"replace {member.name}")
+
+    def _pardoned(self) -> int:
+        """Deaths that do not count yet: quarantine may end what they come from."""
+        assert self._max_restarts is not None
+        return self._on_trial if self._max_restarts >= self._max_prompt_tries else 0
 
     async def _replace(self, member: Member[W]) -> None:
         # What the dead worker still holds (its cores, its memory) is freed first: the new one may need it.

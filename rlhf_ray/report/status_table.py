@@ -33,10 +33,12 @@ def status_lines(folder: Path, now: Mapping[str, Any]) -> list[str]:
         return lines
     pools = [name for name in POOLS if now[name]]
     lines += [_pool_line(name, now[name]) for name in pools]
+    scorers = now.get("scorers") or {}
+    lines += [f"{name}: {pool['up']} up; {_restarts(pool)}" for name, pool in scorers.items()]
     rows = [
         [_cell(worker[column.replace(" ", "_")]) for column in ("name", *COLUMNS[1:])]
-        for name in pools
-        for worker in now[name]["workers"]
+        for pool in (*(now[name] for name in pools), *scorers.values())
+        for worker in pool["workers"]
     ]
     return [*lines, "", *_aligned([COLUMNS, *rows])]
 
@@ -47,7 +49,11 @@ def _pool_line(name: str, pool: Mapping[str, Any]) -> str:
         line += f" (follows the cluster up to {pool['asked']})"
     if pool["unplaced"]:
         line += f", {pool['unplaced']} waiting for a place"
-    return f"{line}; {pool['restarts']} of {pool['max_restarts']} restarts used"
+    return f"{line}; {_restarts(pool)}"
+
+
+def _restarts(pool: Mapping[str, Any]) -> str:
+    return f"{pool['restarts']} of {pool['max_restarts']} restarts used"
 
 
 def _cell(value: Any) -> str:

@@ -45,8 +45,9 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     what follows: ``step``, ``steps``, ``version``, ``staleness`` (in versions, with its bound), ``queue`` (prompts by
     stage; slots), ``quarantined`` (prompts, with their bound), ``deaths`` (workers that died, by kind), ``occupancy``
     (share of the last minute in which a stage had something to do), ``generators`` and ``references`` (each pool with
-    its workers; null where there are no references), ``replicas`` of the reward model by state, and ``scale``, the last
-    wish taken. All of that is absent before the loop has begun.
+    its workers; null where there are no references), ``scorers`` (those in a process of their own, as "scorer NAME",
+    each a pool of one), ``replicas`` of the reward model by state, and ``scale``, the last wish taken. All of that is
+    absent before the loop has begun.
 
     Raises:
         ConfigError: the folder holds no run.

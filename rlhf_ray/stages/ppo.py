@@ -8,6 +8,8 @@ prepare ─► check ─► reward model served ─► learner, references, scor
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import signal
 import threading
@@ -30,7 +32,7 @@ from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_need
 from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import ConfigError, DataLostError, LearnerDiedError, ModelError
-from rlhf_ray.metrics import MetricsWriter, status_kept, write_summary
+from rlhf_ray.metrics import MetricsWriter, read_summary, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline, quarantined
 from rlhf_ray.pipeline.pool import GeneratorPool, ReferencePool
@@ -82,7 +84,7 @@ def run_ppo(
         check_reward_model_reads(prepared, reward_folder, [ids for _, ids in encoded])
     prompts = PromptStream(encoded, seed=config.seed, completions=config.ppo.completions)
     critic = critic_folder(prepared)
-    identity = _identity(config, reward_folder)
+    identity = _identity(config, encoded, reward_folder)
     start = _find_start(config, resume, identity)
     with connected():
         check_resources(worker_needs(config))
@@ -187,7 +189,8 @@ def _find_start(config: RunConfig, resume: bool, identity: Mapping[str, Any]) ->
     start = _newest_start(config, identity)
     if start.folder is None:
         log.warning("--resume: there is no checkpoint in %s yet; beginning at the first step", root)
-    if start.step >= config.ppo.steps:
+    is_finished = read_summary(config.run_dir).get("status") == "finished"
+    if start.step > config.ppo.steps or (start.step == config.ppo.steps and is_finished):
         raise ConfigError(
             f"--resume: {start.folder} is at step {start.step} and ppo.steps = {config.ppo.steps}; "
             "raise ppo.steps to go on"
@@ -213,9 +216,9 @@ def _newest_start(config: RunConfig, identity: Mapping[str, Any]) -> _Start:
         )
     _, state = checkpoint.load_checkpoint(folder / "pipeline")
     then = state["identity"]
-    changed = [key for key, value in identity.items() if then.get(key) != value]
+    changed = [key for key, value in identity.items() if key in then and then[key] != value]
     if changed:
-        was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
+        was = ", ".join(f"{key} = {then[key]}" for key in changed)
         raise ConfigError(f"--resume: {folder} was written with {was}; give the same, or start a run of another name")
     checkpoint.set_aside_after(folder)
     return _Start(folder=folder, state=state, again=True)
@@ -361,14 +364,16 @@ def parity_tolerance(config: RunConfig) -> float:
     return config.ppo.parity_tolerance or PARITY_TOLERANCE[coarser]
 
 
-def _identity(config: RunConfig, reward_folder: Path | None) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from: its prompts' order, their seeds and the scale of
-    their scores follow from these.
+def _identity(config: RunConfig, encoded: Sequence[Any], reward_folder: Path | None) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: what a prompt's number in the ledger stands for,
+    seeds and the scale of scores follow from these.
     """
+    prompts = hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     return {
         "seed": config.seed,
         "model.path": config.model.path,
         "prompts.path": config.prompts.path,
+        "prompts' content": prompts[:12],
         "ppo.batch_size": config.ppo.batch_size,
         "ppo.completions": config.ppo.completions,
         "the reward model": model_version(reward_folder) if reward_folder is not None else None,

@@ -1,7 +1,7 @@
 """The checkpoints of a PPO run, written while it trains.
 
 begin   the learner's ranks copy what they hold ─► training goes on
-        │  a thread of each rank writes learner/, a task scored/, the driver pipeline/
+        │  a thread of each rank writes learner/, an actor scored/, the driver pipeline/
 end     all of it is on disk ─► COMPLETE ─► older ones are removed
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.exceptions import RayTaskError
 
-from rlhf_ray.actors.scored_prompts import save_scored_refs
+from rlhf_ray.actors.scored_prompts import ScoredPromptsWriter
 from rlhf_ray.checkpoint import mark_complete, prune, save_checkpoint
 from rlhf_ray.errors import CheckpointError, ConfigError
 from rlhf_ray.interfaces import Learner
@@ -36,6 +36,7 @@ class RunCheckpoints:
         self._learner = learner
         self._identity = dict(identity)
         self._keep = keep
+        self._writer = ScoredPromptsWriter()
         self._folder: Path | None = None
         self._own_part: asyncio.Task[None] | None = None
 
@@ -74,9 +75,10 @@ class RunCheckpoints:
         if self._own_part is not None:
             self._own_part.cancel()
             await asyncio.gather(self._own_part, return_exceptions=True)
+        self._writer.close()
 
     async def _write_own_part(self, folder: Path, state: Mapping[str, Any], scored: Sequence[ScoredPrompt]) -> None:
-        await save_scored_refs(folder / "scored", scored)
+        await self._writer.save(folder / "scored", scored)
         state = {**state, "identity": self._identity}
         await asyncio.to_thread(save_checkpoint, folder / "pipeline", tensors={}, state=state)
 

@@ -149,8 +149,14 @@ def _outlives(job_id: str) -> bool:
 
 
 def stop_service(name: str) -> None:
-    """Delete the application; Serve itself and other applications stay. Harmless when it is gone already."""
-    serve.delete(name)
+    """Delete the application; Serve itself and other applications stay. Harmless when it is gone already.
+
+    One that is slow to go is left to Serve: the outcome of what it was used for must not be hidden behind it.
+    """
+    try:
+        serve.delete(name)
+    except TimeoutError as error:
+        log.warning("the reward service %s is still being deleted: %s", name, error)
 
 
 def replica_states(name: str) -> dict[str, int]:

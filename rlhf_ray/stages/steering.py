@@ -5,7 +5,8 @@
 
 A pool with a ``max`` grows into room that is free at the moment, after all other workers have theirs; it never queues
 up for more, so it takes nothing that a dead worker's successor waits for. What it has no room for yet it asks Ray's
-autoscaler for. A worker that goes with its node is let go (``WorkerPool.shrink_to``) until there is room again.
+autoscaler for. A pool without a ``max`` does queue up; where it got the place of another pool's last worker, it lends
+one back. A worker that goes with its node is let go (``WorkerPool.shrink_to``) until there is room again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from rlhf_ray.actors.starting import ActorStarter
 from rlhf_ray.cluster import Need, ask_autoscaler, room_for, worker_needs
 from rlhf_ray.config import PoolSection, RunConfig
 from rlhf_ray.metrics import STATUS_FILE, read_json, write_json
-from rlhf_ray.pipeline.loop import Pipeline, first_error
+from rlhf_ray.pipeline.groups import task_group
+from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.workers import WorkerPool
 from rlhf_ray.stages.live import POOLS, SCALE_FILE, refusal_of
 from rlhf_ray.stages.serve import replica_states
@@ -34,6 +36,12 @@ from rlhf_ray.stages.serve import replica_states
 log = logging.getLogger("rlhf_ray.ppo")
 
 TICK_SECONDS = 1.0
+
+STARVED_TICKS = 30
+"""So long a pool may have nobody, and nowhere to start one, before another one makes room."""
+
+SERVE_SECONDS = 5.0
+"""Serve's word on its replicas is not waited for any longer."""
 
 DISK_SECONDS = 10.0
 """A status that takes longer to write is not waited for."""
@@ -89,6 +97,10 @@ class Steering:
         self._service = service
         self._taken: dict[str, Any] = {}
         self._replicas: dict[str, int] = {}
+        self._look_at_replicas: asyncio.Task[dict[str, int]] | None = None
+        self._starved = 0
+        self._lent: dict[str, int] = {}
+        """Pools that made room → what was wanted of them before."""
         self._over = asyncio.Event()
         self._writing = threading.Lock()  # a thread may still write while the last status is written
         self._follows = any(pool.ceiling is not None for pool in pools.values())
@@ -98,15 +110,12 @@ class Steering:
         """Steer for the block, and leave a last status."""
         (self._config.run_dir / SCALE_FILE).unlink(missing_ok=True)  # a wish to an earlier run
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with task_group() as tasks:
                 tasks.create_task(self._keep(), name="steering")
                 try:
                     yield
                 finally:
                     self._over.set()
-        except BaseExceptionGroup as group:
-            cause = first_error(group)
-            raise cause from cause.__cause__
         finally:
             try:
                 self._write(self._status() | {"ended": True})
@@ -122,10 +131,11 @@ class Steering:
         while not self._over.is_set():
             try:
                 taken = await self._take_wish()
+                self._make_room()
                 if taken or tick % 2 == 0:
                     await self._follow()
                     if self._service is not None:
-                        self._replicas = await asyncio.to_thread(replica_states, self._service)
+                        await self._see_replicas(self._service)
                     await asyncio.to_thread(self._write, self._status())
             except PASSING as error:
                 log.warning("the run's status could not be kept this time: %s", error)
@@ -153,6 +163,7 @@ class Steering:
         log.info("scale: %s", ", ".join(f"{number} {name}" for name, number in wanted.items()))
         for name, number in wanted.items():
             self._pools[name].scale(number)
+            self._lent.pop(name, None)
         if self._follows:
             await asyncio.to_thread(ask_autoscaler, self._needs())
         return True
@@ -170,6 +181,42 @@ class Steering:
                 grown.pool.want(min(grown.ceiling, grown.pool.wanted + room))
                 log.info("the cluster has room for more %s: going on with %d", name, grown.pool.wanted)
                 return  # what is left is known only once they are placed
+
+    def _make_room(self) -> None:
+        """One tick: a pool that has nobody gets the place of a worker that another pool can do without.
+
+        Ray gives a place that becomes free to whoever asked first, be it a generator beyond the least when the last
+        reference has just died; and then all of them would wait for ever.
+        """
+        if not any(pool.starter.unplaced and not pool.pool.size() for pool in self._pools.values()):
+            self._starved = 0
+            for name, wanted in self._lent.items():
+                if self._pools[name].ceiling is None:  # others grow again by themselves
+                    self._pools[name].pool.want(wanted)
+            self._lent.clear()
+            return
+        self._starved += 1
+        if self._starved < STARVED_TICKS:
+            return
+        self._starved = 0
+        for name, pool in self._pools.items():
+            if (left := pool.pool.size() - 1) >= pool.section.needed:
+                self._lent.setdefault(name, pool.pool.wanted)
+                pool.pool.want(left)  # those that wait for a place go too: they would take this one again
+                log.warning("another pool has nobody and no place to start one: going on with %d %s", left, name)
+                return
+
+    async def _see_replicas(self, service: str) -> None:
+        """Serve's word on the replicas; none where it does not answer. A question stays open for as long as it may."""
+        if self._look_at_replicas is None:
+            self._look_at_replicas = asyncio.create_task(asyncio.to_thread(replica_states, service))
+        answered, _ = await asyncio.wait({self._look_at_replicas}, timeout=SERVE_SECONDS)
+        if not answered:
+            self._replicas = {}
+            log.warning("Ray Serve says nothing of the reward model's replicas")
+            return
+        look, self._look_at_replicas = self._look_at_replicas, None
+        self._replicas = look.result()
 
     def _need(self, name: str) -> Need:
         section = name.removesuffix("s")

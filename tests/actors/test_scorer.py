@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from rlhf_ray.actors.scorer import RayScorers, ServedScorer, served_pool
@@ -51,7 +51,12 @@ async def test_an_overloaded_service_is_tried_again() -> None:
 
 
 FAILED = RayTaskError("score_rollout", "a long traceback", ForwardFailedError("out of memory")).as_instanceof_cause()
-DEATHS = [ActorDiedError(), ActorUnavailableError("gone for a moment", None), FAILED]
+DEATHS = [
+    ActorDiedError(),
+    OutOfMemoryError("by Ray's memory monitor"),
+    ActorUnavailableError("gone for a moment", None),
+    FAILED,
+]
 
 
 @pytest.mark.parametrize("death", DEATHS)

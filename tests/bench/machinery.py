@@ -7,7 +7,8 @@ and the status that is kept every second. Without: none of these; the ledger and
 recipe is that of ``ppo_throughput.py``; this takes too long to be part of ``make bench``. Blocks of steps take turns in
 the order on, off, off, on, ..., so that a machine that grows faster or slower favours neither. A block's checkpoint is
 taken after its second step, so that what is written in the background falls into the same block. The mean of a block's
-steps has it in it; the median has what is left without.
+steps has it in it; the median has what is left without. The first checkpoint, for whose copy memory is taken once, and
+the last step, after which nobody samples, are not counted.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def _rows(folder: Path, steps: int, is_on: list[bool], overrides: list[str]) -> 
     """Metrics of the counted steps."""
     switch = Switch()
     switch.install()
-    warm_up = steps - 2  # the first block begins two steps before a checkpoint
-    total = warm_up + steps * len(is_on)
+    warm_up = 2 * steps - 2  # the first block begins two steps before the second checkpoint
+    counted = steps * len(is_on)
+    total = warm_up + counted + 1
     config = _config(folder, "machinery", total, [f"ppo.steps={total}", f"ppo.checkpoint_every={steps}", *overrides])
     _fresh_reward_model(config, folder / "reward")
 
@@ -69,7 +71,7 @@ def _rows(folder: Path, steps: int, is_on: list[bool], overrides: list[str]) -> 
         switch.turn(on=block >= len(is_on) or is_on[block])
 
     run_ppo(config, on_step=on_step)
-    return read_lines(config.run_dir / "metrics.jsonl")[warm_up:]
+    return read_lines(config.run_dir / "metrics.jsonl")[warm_up:][:counted]
 
 
 class Switch:

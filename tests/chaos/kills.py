@@ -5,8 +5,8 @@
 Real vLLM, Serve and Ray on a tiny model, on a cluster of three nodes that are processes of this machine: a head with
 everything but the generators, and two nodes with one generator each. At random moments one process gets SIGKILL: of a
 generator, a reference, the reward model's replica, Serve's controller, the learner, a whole node, the driver (which is
-then resumed). The next one follows after the run is whole again. At the end the run is stopped, resumed, and finished
-a few steps later.
+then resumed). The next one follows after the run is whole again, or now and then within two seconds. At the end the run
+is stopped, resumed, and finished a few steps later.
 
 ``--elastic`` instead scales a run from 1 generator to 3 and back to 1, and holds its ledger against that of a run with
 a fixed pool.
@@ -54,6 +54,10 @@ TITLES = {
 """How Ray titles the process of a role."""
 
 ROLES = (*TITLES, "node", "driver")
+
+TWO_AT_ONCE = "two at once"
+SHARE_OF_TWO = 0.15
+"""How often a kill is followed by the next one at once."""
 
 WHOLE_SECONDS = 300.0
 """A run that is not whole by then has broken its promise."""
@@ -130,6 +134,8 @@ class Nodes:
             if any(_title(p, TITLES["generator"]) for p in _processes(node))
             and not any(_title(p, TITLES["learner"], TITLES["controller"]) for p in _processes(node))
         ]
+        if not nodes:  # the last one was lost a moment ago
+            return
         node = draw.choice(sorted(nodes, key=lambda node: str(node.node_id)))
         processes = _processes(node)
         self._cluster.remove_node(node, allow_graceful=False)
@@ -248,11 +254,11 @@ def _kills(
     with run.watched():
         try:
             run.wait_for(lambda now: _is_whole(now) and now["step"] > 0)
-            for role in order:
-                if time.monotonic() > ends:
-                    break
+            while order and time.monotonic() < ends:
                 time.sleep(draw.uniform(1, 6))
-                kills.append(_kill(run, nodes, role, draw))
+                number_now = 2 if draw.random() < SHARE_OF_TWO else 1
+                now, order = order[:number_now], order[number_now:]
+                kills.append(_kill(run, nodes, now, draw))
                 print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
             steps = _finish(run)
         except Broken as error:
@@ -271,32 +277,41 @@ def _config(root: Path, name: str, *models: Path, generators: int, steps: int = 
     )  # fmt: skip
 
 
-def _kill(run: Run, nodes: Nodes, role: str, draw: random.Random) -> dict[str, Any]:
+def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict[str, Any]:
+    """Kill one of each role, and wait until the run is whole again."""
     before = run.status()
-    old = [] if role in ("node", "driver") else nodes.of_role(role)
-    killed = {"role": role, "step": before["step"], "at": time.time()}
+    old = {role: nodes.of_role(role) for role in roles if role in TITLES}
+    killed = {"role": roles[0] if len(roles) == 1 else TWO_AT_ONCE, "roles": roles, "step": before["step"]}
+    killed["at"] = time.time()
+    _strike(run, nodes, roles[0], draw)
+    for role in roles[1:]:
+        time.sleep(draw.uniform(0, 2))
+        _strike(run, nodes, role, draw)
+    after = time.time()
+
+    def whole(now: dict[str, Any]) -> bool:
+        """A status that was written after each role had its processes again."""
+        nonlocal after
+        for role in list(old):
+            there = set(nodes.of_role(role))
+            if len(there) >= len(old[role]) and there - set(old[role]):
+                after = time.time()
+                del old[role]
+        return not old and _is_whole(now) and now["at"] > after and _are_replaced(roles, before, now)
+
+    run.wait_for(whole)
+    return killed | {"seconds": time.time() - killed["at"]}
+
+
+def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> None:
     if role == "driver":
         run.end(signal.SIGKILL)
         run.codes.pop()
         run.start("--resume")
     elif role == "node":
         nodes.lose_one(draw)
-    else:
-        draw.choice(sorted(old, key=lambda process: process.pid)).kill()
-    appeared: list[float] = []
-
-    def whole(now: dict[str, Any]) -> bool:
-        """A status that was written after the role had its processes again."""
-        if role in TITLES and not appeared:
-            there = set(nodes.of_role(role))
-            if len(there) >= len(old) and there - set(old):
-                appeared.append(time.time())
-            return False
-        after = appeared[0] if appeared else killed["at"]
-        return _is_whole(now) and now["at"] > after and _is_replaced(role, before, now)
-
-    run.wait_for(whole)
-    return killed | {"seconds": time.time() - killed["at"]}
+    elif there := sorted(nodes.of_role(role), key=lambda process: process.pid):
+        draw.choice(there).kill()
 
 
 def _is_whole(now: dict[str, Any]) -> bool:
@@ -309,14 +324,13 @@ def _is_whole(now: dict[str, Any]) -> bool:
     )
 
 
-def _is_replaced(role: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+def _are_replaced(roles: list[str], before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether this status tells of a new worker where one was killed."""
-    if role == "driver":
-        return bool(now["at"] > before["at"])
-    pool = {"generator": "generators", "node": "generators", "reference": "references"}.get(role)
-    if pool is None:
-        return True
-    return {w["name"] for w in now[pool]["workers"]} != {w["name"] for w in before[pool]["workers"]}
+    if "driver" in roles or (len(roles) > 1 and "learner" in roles):
+        return bool(now["at"] > before["at"])  # all workers begin again, and count their names anew
+    names = {"generator": "generators", "node": "generators", "reference": "references"}
+    pools = [names[role] for role in roles if role in names]
+    return all({w["name"] for w in now[p]["workers"]} != {w["name"] for w in before[p]["workers"]} for p in pools)
 
 
 def _finish(run: Run) -> int:
@@ -373,10 +387,11 @@ def _kill_summary(
             for what in ("seconds", "stall")
             for name, of in (("median", statistics.median), ("worst", max))
         }
-    summary = {"asked": number, "made": len(kills), "seconds_between_steps": median, "roles": by_role, "kills": kills}
+    made = sum(len(kill["roles"]) for kill in kills)
+    summary = {"asked": number, "made": made, "seconds_between_steps": median, "roles": by_role, "kills": kills}
     promises = _promises(run, steps) if steps is not None else {}
-    if broken is None and len(kills) < number:
-        broken = f"only {len(kills)} of {number} kills had time; raise --minutes"
+    if broken is None and made < number:
+        broken = f"only {made} of {number} kills had time; raise --minutes"
     return summary | promises | {"broken": broken or (None if _is_kept(promises) else "see above")}
 
 

@@ -66,7 +66,8 @@ def main() -> int:
     print(json.dumps(summary, indent=2))
     in_order = summary["every_prompt_trained_once"] and summary["within_the_staleness_bound"]
     exact = not summary["deterministic"] or not summary["different"]
-    return 0 if in_order and exact and not any(kill["processes_left"] for kill in kills) else 1
+    killed = not any(kill["processes_left"] or kill["finished_before_it_was_killed"] for kill in kills)
+    return 0 if in_order and exact and killed else 1
 
 
 def _written_config(

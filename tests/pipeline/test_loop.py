@@ -360,6 +360,34 @@ def test_the_deaths_of_a_quarantined_prompt_do_not_use_up_the_restarts(make_run)
         ).go()
 
 
+def test_prompts_that_kill_at_the_same_time_or_after_another_death_are_quarantined_all_the_same(make_run) -> None:
+    run = make_run(
+        make_generator=lambda name: FakeGenerator(name, poison={1, 2}, die_at_generate=3 * (name == "generator-0")),
+        count=2,
+        max_concurrent=1,
+        max_restarts=3,
+        max_prompt_tries=3,
+    )
+    summary = run.go()
+    assert (summary.status, summary.quarantined, summary.lost) == ("finished", 2, 0)
+    assert sorted(run.trained_ids) == [i for i in range(18) if i not in (1, 2)]
+
+
+def test_a_checkpoint_lets_the_deaths_before_it_be_forgotten(make_run) -> None:
+    def dying(name: str) -> FakeGenerator:
+        return FakeGenerator(name, die_at_generate=6)  # each, after five prompts
+
+    def options(every: int) -> dict[str, Any]:
+        ppo = {"steps": 12, "batch_size": 4, "checkpoint_every": every} | SYNCHRONOUS
+        return {"make_generator": dying, "max_concurrent": 1, "ppo": ppo}
+
+    summary = make_run(max_restarts=2, **options(every=2)).go()
+    assert (summary.status, summary.lost) == ("finished", 0)
+    assert summary.deaths["generator"] == 9
+    with pytest.raises(WorkerDiedError, match=r"generator\.max_restarts = 2"):
+        make_run(max_restarts=2, **options(every=0)).go()
+
+
 def test_one_prompt_more_than_may_be_quarantined_ends_the_run_with_its_cause(make_run) -> None:
     run = make_run(scorer=FakeScorer(poison={1, 5, 9}), ppo={"max_quarantined": 2} | SYNCHRONOUS)
     with pytest.raises(
@@ -479,7 +507,13 @@ def test_a_dead_reference_is_replaced_and_nothing_is_lost(make_run) -> None:
 
 
 def test_the_status_shows_the_pools_the_queue_and_where_the_time_goes(make_run) -> None:
+    def scorer_pool(name: str, *, is_watched: bool) -> ScorerPool:
+        options: dict[str, Any] = {"max_concurrent": 4, "max_restarts": 1, "max_prompt_tries": 2}
+        factory = worker_factory(FakeReference)  # it is asked nothing
+        return ScorerPool(factory, name=name, section="scorers.0", is_watched=is_watched, **options)
+
     run = make_run(
+        scorer_pools=[scorer_pool("judge", is_watched=True), scorer_pool("served", is_watched=False)],
         make_generator=lambda name: FakeGenerator(name, seconds=4.0),
         scorer=FakeScorer(seconds=1.0),
         learner=FakeLearner(seconds=2.0),
@@ -512,6 +546,7 @@ def test_the_status_shows_the_pools_the_queue_and_where_the_time_goes(make_run) 
     assert occupancy["train"] == pytest.approx(4 / 22.5)
     assert status["generators"]["workers"][0]["in_hand"] == 2
     assert status["references"]["up"] == 1
+    assert {name: pool["up"] for name, pool in status["scorers"].items()} == {"scorer judge": 1}, "no service's"
     assert status["quarantined"] == {"prompts": 0, "bound": 10}
     json.dumps(status, allow_nan=False)
 

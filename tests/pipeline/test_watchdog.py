@@ -63,7 +63,8 @@ def test_a_learner_that_is_found_out_over_a_checkpoint_is_told_as_such(make_run)
             await asyncio.sleep(640.0)  # the time allowed, and what it takes to look at the process
             raise LearnerDiedError("rank 1 of the learner hung")
 
-    run = make_run(make_checkpoints=Hanging, ppo={"steps": 20, "checkpoint_every": 2})
+    learner = FakeLearner(seconds=29.5)  # the checkpoint begins just before one of the watch's looks
+    run = make_run(learner=learner, make_checkpoints=Hanging, ppo={"steps": 20, "checkpoint_every": 2})
     with pytest.raises(LearnerDiedError, match="rank 1"):
         run.go()
 

@@ -111,7 +111,8 @@ def one_rank(rank: int, port: int, folder: Path, out: Path) -> None:
     for name, settings in SETTINGS.items():
         learner = make_learner(folder, out, settings, ranks)
         outcomes[name] = outcome(learner, train(learner, settings))
-        learner.save(out / name / "checkpoint")
+        for _ in range(2):  # the second time in the memory of the first
+            learner.save(out / name / "checkpoint")
         learner.export(out / name / "policy")
         outcomes[f"{name}, further"] = outcome(learner, train(learner, settings))
     parameters = list(learner._model.parameters())

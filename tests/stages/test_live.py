@@ -27,6 +27,9 @@ GENERATORS = POOL | {
     ]
 }
 REFERENCES = POOL | {"wanted": 1, "asked": 4, "max": 4, "unplaced": 1, "workers": [{"name": "reference-0", **WORKER}]}
+SCORER = {"wanted": 1, "up": 1, "restarts": 2, "max_restarts": 3} | {
+    "workers": [{"name": "scorer brevity-2", **WORKER, "version": None}]
+}
 PICTURE = {
     "ended": False,
     "step": 7,
@@ -45,6 +48,7 @@ PICTURE = {
     "occupancy": {"generate": 1.0, "score": 0.25, "reference": 0.5, "train": 0.75, "publish": 0.01},
     "generators": GENERATORS,
     "references": REFERENCES,
+    "scorers": {"scorer brevity": SCORER},
     "replicas": {"RUNNING": 2, "STARTING": 1},
     "scale": None,
 }
@@ -76,11 +80,13 @@ def test_the_table_shows_the_pools_the_queue_and_where_the_time_goes(running: Pa
         "reward model: 2 running, 1 starting",
         "generators: 1 up of 2 wanted; 1 of 3 restarts used",
         "references: 1 up of 1 wanted (follows the cluster up to 4), 1 waiting for a place; 1 of 3 restarts used",
+        "scorer brevity: 1 up; 2 of 3 restarts used",
         "",
-        "worker       state     version  in hand  done  restarts  node",
-        "generator-2  ready     7        3        41    1         192.0.2.7/3fa9c1d2",
-        "generator-3  starting  -        3        41    1         -",
-        "reference-0  ready     7        3        41    1         192.0.2.7/3fa9c1d2",
+        "worker            state     version  in hand  done  restarts  node",
+        "generator-2       ready     7        3        41    1         192.0.2.7/3fa9c1d2",
+        "generator-3       starting  -        3        41    1         -",
+        "reference-0       ready     7        3        41    1         192.0.2.7/3fa9c1d2",
+        "scorer brevity-2  ready     -        3        41    1         192.0.2.7/3fa9c1d2",
     ]
     printed = json.loads(command("status", running, "--json").output)
     assert printed["running"] is True

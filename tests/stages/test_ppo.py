@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from rlhf_ray.actors.generator import RayGenerator
 from rlhf_ray.checkpoint import load_checkpoint
 from rlhf_ray.config import RunConfig, load_config
 from rlhf_ray.errors import ConfigError, ModelError, ResourceError, RlhfRayError
-from rlhf_ray.metrics import read_lines
+from rlhf_ray.metrics import read_lines, write_summary
 from rlhf_ray.stages.evaluate_run import run_evaluate
 from rlhf_ray.stages.ppo import run_ppo
 
@@ -146,6 +147,12 @@ def test_two_ranks_at_staleness_zero_train_only_on_what_the_newest_policy_sample
         run_ppo(longer.model_copy(update={"seed": 1}), resume=True)
     with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
         run_ppo(longer)
+
+    shutil.rmtree(config.run_dir / "policy")
+    write_summary(config.run_dir, {"status": "running"})  # it was killed after its last checkpoint
+    assert run_ppo(longer, resume=True).steps == 3
+    assert (config.run_dir / "policy" / "model.safetensors").is_file()
+    assert read_lines(config.run_dir / "metrics.jsonl") == rows
 
 
 def test_a_run_without_a_critic_compares_the_responses_to_each_prompt_and_lora_needs_no_reference_worker(

@@ -41,12 +41,17 @@ class Writer(LearnerWorker):
         self._learner: Any = self
         self._numbers = numbers
         self._largest_file = largest_file
+        self._copies = 0
         self._may_write = threading.Event()
         if not held_back:
             self._may_write.set()
 
     def copy(self) -> Writer:
+        self._copies += 1
         return self
+
+    async def copies(self) -> int:
+        return self._copies
 
     async def let_write(self) -> None:
         self._may_write.set()
@@ -118,6 +123,23 @@ async def test_a_checkpoint_counts_only_once_the_learner_has_written_its_own(tmp
     await learner._ranks[0].call("let_write")
     assert await checkpoints.end(wait=True)
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000001"
+
+
+@pytest.mark.parametrize("largest_file", [None, 4096], ids=["written", "not written"])
+async def test_the_next_copy_waits_until_nobody_writes_the_one_before(tmp_path: Path, largest_file: int | None) -> None:
+    """It is made in the same memory. One whose checkpoint another rank has given up may still be written here."""
+    learner = writer(4096, largest_file=largest_file, held_back=True)
+    (rank,) = learner._ranks
+    await learner.save(tmp_path / "given up")
+    saving = asyncio.create_task(learner.save(tmp_path / "next"))
+    await asyncio.sleep(0.5)
+    assert await rank.call("copies") == 1
+    await rank.call("let_write")
+    await saving
+    assert await rank.call("copies") == 2
+    if largest_file is None:
+        assert await learner.written(wait=True)
+        assert names_in(tmp_path) == ["given up", "next"]
 
 
 async def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_run_is_scaled_by_command_and_its_killed_or_stopped_reference_is_repla
             (reference,) = (p for p in psutil.Process().children(recursive=True) if "ReferenceWorker" in p.name())
             reference.send_signal(end)
             replaced = operator.wait_for(lambda now, n=restarts: f"reference-{n}" in up(now, "references"))
-            assert replaced["references"]["restarts"] == restarts
+            assert replaced["deaths"]["reference"] == restarts
             reference.wait(PATIENCE_SECONDS)
 
         for arguments, refusal in (
@@ -165,6 +165,7 @@ def test_a_run_is_scaled_by_command_and_its_killed_or_stopped_reference_is_repla
         assert printed["running"] is True
         assert printed["queue"]["slots"] == 16
         assert printed["staleness"]["bound"] == 1
+        assert printed["scorers"]["scorer brevity"]["up"] == 1
         assert 0 < printed["occupancy"]["generate"] <= 1
 
     config = make_config(reference={"max": 1}).model_copy(update={"hang_timeout_s": 90.0})
