@@ -24,6 +24,9 @@ to know how long a further one would wait."""
 BUSY_BATCHES = 2
 """Batches' worth of calls for each replica above which Serve adds one, where it may: one runs, one waits."""
 
+STARTS = 5
+"""Failed starts of replicas, as far as Serve's controller can tell, before it gives the application up."""
+
 MAX_QUEUED_REQUESTS = 4096
 """Calls that one caller may have waiting for a replica; more are told 429. Far above a burst of rollouts."""
 
@@ -73,7 +76,9 @@ def application(args: RewardServiceArgs, key_digests: frozenset[str]) -> Applica
         user_config={"models": {name: model.model_dump() for name, model in args.served_models().items()}},
         max_ongoing_requests=ONGOING_BATCHES * args.max_batch_size,
         max_queued_requests=MAX_QUEUED_REQUESTS,
-        max_constructor_retry_count=1,  # what cannot be loaded fails again; a replica that ran is replaced
+        # Not 1, though what cannot be loaded fails again: a controller that was killed at the same time as the replica
+        # takes that one's death for a failed first start.
+        max_constructor_retry_count=STARTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={
             "num_cpus": args.num_cpus,

@@ -44,6 +44,9 @@ HANG_SECONDS = 10.0
 SERVICE_FILE = Path("control") / "service.json"
 """In a run's folder while the run serves its reward model: which application, and on which cluster."""
 
+FAILED_START = "A replica failed to start with exception"
+"""Serve's word on a replica before it tries once more: with the same model, and the same result."""
+
 HEARSAY_SECONDS = 5.0
 """Ray knows of a driver's end by then."""
 
@@ -308,7 +311,8 @@ def _wait_until_running(name: str) -> None:
             return
         waited = time.monotonic() - began
         message = _message(application)
-        if status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY) or waited > START_LIMIT_SECONDS:
+        has_failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY) or FAILED_START in message
+        if has_failed or waited > START_LIMIT_SECONDS:
             raise ScorerError(f"the reward service did not start ({status.value} after {waited:.0f} s): {message}")
         if time.monotonic() - said > WAIT_NOTICE_SECONDS:
             said = time.monotonic()

@@ -258,6 +258,7 @@ def _kills(
                 time.sleep(draw.uniform(1, 6))
                 number_now = 2 if draw.random() < SHARE_OF_TWO else 1
                 now, order = order[:number_now], order[number_now:]
+                print(f"killing {' and '.join(now)}", file=sys.stderr, flush=True)
                 kills.append(_kill(run, nodes, now, draw))
                 print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
             steps = _finish(run)
