@@ -114,7 +114,7 @@ class ActorClient:
 
     async def _watch(self) -> None:
         """Returns when the worker has died or hangs, with ``_verdict`` set."""
-        quiet = 0.0
+        quiet = unasked = 0.0
         while True:
             began = time.monotonic()
             try:
@@ -128,11 +128,12 @@ class ActorClient:
             except RayError as error:
                 log.warning("%s could not be asked how it is doing, and is asked again: %s", self.name, error)
                 await asyncio.sleep(PULSE_SECONDS)
-                quiet += _lived(began)
-                if quiet > self._hang_timeout_s:
+                unasked += _lived(began)
+                if unasked > self._hang_timeout_s:
                     self._judge(f"it cannot be asked how it is doing ({error})", hung=True)
                     return
                 continue
+            unasked = 0.0
             before, self._pulse = self._pulse, pulse
             idle = not pulse.busy and (pulse.bounded or not self._calls)
             if before is None or idle or pulse.progress != before.progress:

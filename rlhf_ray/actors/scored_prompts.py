@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.errors import CheckpointError, DataLostError
 from rlhf_ray.roles.scored_prompts import read_responses, read_scored, save_scored, without_refs
@@ -36,7 +37,8 @@ class ScoredPromptsWriter:
             await asyncio.to_thread(save_scored, folder, [], [], [])
             return
         if self._actor is None:
-            self._actor = _WRITER.remote()
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self._actor = _WRITER.options(scheduling_strategy=here).remote()
         try:
             await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
         except ObjectLostError as error:
@@ -53,7 +55,7 @@ class ScoredPromptsWriter:
 
 
 def load_scored_refs(folder: Path) -> list[ScoredPrompt]:
-    """What ``save_scored_refs`` wrote; the refs are the caller's own."""
+    """What ``ScoredPromptsWriter`` wrote; the refs are the caller's own."""
     prompts = read_scored(folder)
     number = sum(len(prompt.experiences) for prompt in prompts)
     if not number:
@@ -81,5 +83,5 @@ def _load(folder: str) -> tuple[Any, ...]:
 
 
 # They mostly wait for the disk, and reserve nothing.
-_WRITER = ray.remote(num_cpus=0, max_restarts=-1)(_Writer)
+_WRITER = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(_Writer)
 _LOAD = ray.remote(num_cpus=0)(_load)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -155,8 +155,8 @@ class WorkerPool(Generic[W]):
         self._named = 0
         self._closing = False
         self._restarts = 0
-        self._on_trial = 0
-        """Deaths on calls that are still being tried, for each call."""
+        self._on_trial: Counter[str] = Counter()
+        """Dead workers → how many of the calls that they had are still being tried."""
         self._has_been_up = False
         self.deaths = 0
         """Workers that died, with their node or without, and were not leaving."""
@@ -256,11 +256,11 @@ class WorkerPool(Generic[W]):
             PromptError: ``max_prompt_tries`` workers died on this call.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
-        tries = 0
+        died: list[str] = []  # of it, or of its company
         again = False
         try:
             while True:
-                alone = 0 < tries == self._max_prompt_tries - 1
+                alone = 0 < len(died) == self._max_prompt_tries - 1
                 member = await self._seat(first_in_line=again, alone=alone)
                 assert member.worker is not None
                 try:
@@ -268,19 +268,19 @@ class WorkerPool(Generic[W]):
                     member.done += 1
                     return result
                 except WorkerDiedError as error:
-                    counts = not isinstance(error, NodeLostError)
-                    tries += counts
-                    self._on_trial += counts
                     self._bury(member, error)
-                    if tries == self._max_prompt_tries:
-                        self._restarts = max(0, self._restarts - tries)  # this call is the cause, and is not made again
-                        raise PromptError(f"{hopeless(tries)}: {error}") from error
+                    if not isinstance(error, NodeLostError):
+                        died.append(member.name)
+                        self._on_trial[member.name] += 1
+                    if len(died) == self._max_prompt_tries:  # this call is the cause, and is not made again
+                        self._restarts = max(0, self._restarts - len(died))
+                        raise PromptError(f"{hopeless(len(died))}: {error}") from error
                     again = True
                 finally:
                     member.end_one()
                     self._call_next()
         finally:
-            self._on_trial -= tries
+            self._on_trial -= Counter(died)
 
     async def _seat(self, *, first_in_line: bool, alone: bool) -> Member[W]:
         """Wait for a READY worker with room and take the place, with nothing happening between the two.
@@ -417,9 +417,9 @@ class WorkerPool(Generic[W]):
         self._spawn(self._replace(member), f"replace {member.name}")
 
     def _pardoned(self) -> int:
-        """Deaths that do not count yet: quarantine may end what they come from."""
+        """Earlier deaths that do not count yet: quarantine may end what they come from."""
         assert self._max_restarts is not None
-        return self._on_trial if self._max_restarts >= self._max_prompt_tries else 0
+        return len(self._on_trial) if self._max_restarts >= self._max_prompt_tries else 0
 
     async def _replace(self, member: Member[W]) -> None:
         # What the dead worker still holds (its cores, its memory) is freed first: the new one may need it.

@@ -25,7 +25,9 @@ BUSY_BATCHES = 2
 """Batches' worth of calls for each replica above which Serve adds one, where it may: one runs, one waits."""
 
 STARTS = 5
-"""Failed starts of replicas, as far as Serve's controller can tell, before it gives the application up."""
+"""Failed starts, as far as Serve's controller can tell, before it gives the application up; Serve allows three for each
+replica at most.
+"""
 
 MAX_QUEUED_REQUESTS = 4096
 """Calls that one caller may have waiting for a replica; more are told 429. Far above a burst of rollouts."""

@@ -29,7 +29,7 @@ from rlhf_ray.config import PoolSection, RunConfig
 from rlhf_ray.metrics import STATUS_FILE, read_json, write_json
 from rlhf_ray.pipeline.groups import task_group
 from rlhf_ray.pipeline.loop import Pipeline
-from rlhf_ray.pipeline.workers import WorkerPool
+from rlhf_ray.pipeline.workers import WorkerPool, WorkerState
 from rlhf_ray.stages.live import POOLS, SCALE_FILE, refusal_of
 from rlhf_ray.stages.serve import replica_states
 
@@ -61,9 +61,24 @@ class ElasticPool:
     def __post_init__(self) -> None:
         self.ceiling = self.section.max
         """Most that a pool which follows the cluster grows to; None: it does not."""
+        self.before_loan: int | None = None
+        """What was wanted before it lent another pool a place; None: it has not."""
+
+    def lend(self) -> None:
+        """Do without one worker, and without those that wait for a place: they would take that one again."""
+        if self.before_loan is None:
+            self.before_loan = self.pool.wanted
+        self.pool.want(self.pool.size() - 1)
+
+    def take_back(self) -> None:
+        """Want as many as before; a pool that follows the cluster grows by itself."""
+        if self.before_loan is not None and self.ceiling is None:
+            self.pool.want(self.before_loan)
+        self.before_loan = None
 
     def scale(self, number: int) -> None:
         """Take a person's wish."""
+        self.before_loan = None
         if self.ceiling is None:
             self.pool.want(number)
         else:
@@ -75,7 +90,7 @@ class ElasticPool:
         return {
             "min": self.section.min or 1,
             "max": self.section.max,
-            "asked": self.pool.wanted if self.ceiling is None else self.ceiling,
+            "asked": next(n for n in (self.ceiling, self.before_loan, self.pool.wanted) if n is not None),
             "unplaced": len(self.starter.unplaced),
         }
 
@@ -99,8 +114,7 @@ class Steering:
         self._replicas: dict[str, int] = {}
         self._look_at_replicas: asyncio.Task[dict[str, int]] | None = None
         self._starved = 0
-        self._lent: dict[str, int] = {}
-        """Pools that made room → what was wanted of them before."""
+        """Ticks in a row in which a pool had nobody and no place."""
         self._over = asyncio.Event()
         self._writing = threading.Lock()  # a thread may still write while the last status is written
         self._follows = any(pool.ceiling is not None for pool in pools.values())
@@ -163,7 +177,6 @@ class Steering:
         log.info("scale: %s", ", ".join(f"{number} {name}" for name, number in wanted.items()))
         for name, number in wanted.items():
             self._pools[name].scale(number)
-            self._lent.pop(name, None)
         if self._follows:
             await asyncio.to_thread(ask_autoscaler, self._needs())
         return True
@@ -190,20 +203,19 @@ class Steering:
         """
         if not any(pool.starter.unplaced and not pool.pool.size() for pool in self._pools.values()):
             self._starved = 0
-            for name, wanted in self._lent.items():
-                if self._pools[name].ceiling is None:  # others grow again by themselves
-                    self._pools[name].pool.want(wanted)
-            self._lent.clear()
+            for pool in self._pools.values():
+                pool.take_back()
             return
         self._starved += 1
+        if any(WorkerState.DRAINING in pool.pool.states().values() for pool in self._pools.values()):
+            self._starved = 0  # a place is about to become free
         if self._starved < STARVED_TICKS:
             return
         self._starved = 0
         for name, pool in self._pools.items():
-            if (left := pool.pool.size() - 1) >= pool.section.needed:
-                self._lent.setdefault(name, pool.pool.wanted)
-                pool.pool.want(left)  # those that wait for a place go too: they would take this one again
-                log.warning("another pool has nobody and no place to start one: going on with %d %s", left, name)
+            if pool.pool.size() > pool.section.needed:
+                pool.lend()
+                log.warning("another pool has nobody and no place: going on with %d %s", pool.pool.wanted, name)
                 return
 
     async def _see_replicas(self, service: str) -> None:

@@ -126,16 +126,18 @@ class Nodes:
         """The role's processes."""
         return [p for node in self._cluster.list_all_nodes() for p in _processes(node) if _title(p, TITLES[role])]
 
-    def lose_one(self, draw: random.Random) -> None:
-        """End all processes of a node with a generator, as if its machine were gone, and add another node."""
+    def lose_one(self, draw: random.Random) -> bool:
+        """End all processes of a node with a generator, as if its machine were gone, and add another node; False where
+        there is none.
+        """
         nodes = [
             node
             for node in self._cluster.worker_nodes
             if any(_title(p, TITLES["generator"]) for p in _processes(node))
             and not any(_title(p, TITLES["learner"], TITLES["controller"]) for p in _processes(node))
         ]
-        if not nodes:  # the last one was lost a moment ago
-            return
+        if not nodes:
+            return False
         node = draw.choice(sorted(nodes, key=lambda node: str(node.node_id)))
         processes = _processes(node)
         self._cluster.remove_node(node, allow_graceful=False)
@@ -143,6 +145,7 @@ class Nodes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.add()
+        return True
 
 
 def _processes(node: Any) -> list[psutil.Process]:
@@ -282,13 +285,14 @@ def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict
     """Kill one of each role, and wait until the run is whole again."""
     before = run.status()
     old = {role: nodes.of_role(role) for role in roles if role in TITLES}
-    killed = {"role": roles[0] if len(roles) == 1 else TWO_AT_ONCE, "roles": roles, "step": before["step"]}
-    killed["at"] = time.time()
-    _strike(run, nodes, roles[0], draw)
-    for role in roles[1:]:
-        time.sleep(draw.uniform(0, 2))
-        _strike(run, nodes, role, draw)
-    after = time.time()
+    began = after = time.time()
+    struck = []
+    for role in roles:
+        if struck:
+            time.sleep(draw.uniform(0, 2))
+        if _strike(run, nodes, role, draw):  # what the first kill took along, the second cannot find
+            struck.append(role)
+            after = time.time()
 
     def whole(now: dict[str, Any]) -> bool:
         """A status that was written after each role had its processes again."""
@@ -301,18 +305,24 @@ def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict
         return not old and _is_whole(now) and now["at"] > after and _are_replaced(roles, before, now)
 
     run.wait_for(whole)
-    return killed | {"seconds": time.time() - killed["at"]}
+    role = struck[0] if len(struck) == 1 else TWO_AT_ONCE
+    return {"role": role, "roles": struck, "step": before["step"], "at": began, "seconds": time.time() - began}
 
 
-def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> None:
+def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> bool:
+    """Kill one of a role; whether there was one."""
     if role == "driver":
         run.end(signal.SIGKILL)
         run.codes.pop()
         run.start("--resume")
     elif role == "node":
-        nodes.lose_one(draw)
-    elif there := sorted(nodes.of_role(role), key=lambda process: process.pid):
+        return nodes.lose_one(draw)
+    else:
+        there = sorted(nodes.of_role(role), key=lambda process: process.pid)
+        if not there:
+            return False
         draw.choice(there).kill()
+    return True
 
 
 def _is_whole(now: dict[str, Any]) -> bool:

@@ -373,6 +373,20 @@ def test_prompts_that_kill_at_the_same_time_or_after_another_death_are_quarantin
     assert sorted(run.trained_ids) == [i for i in range(18) if i not in (1, 2)]
 
 
+def test_a_worker_that_died_with_many_calls_in_hand_is_pardoned_once(make_run) -> None:
+    def make(name: str) -> FakeGenerator:
+        return (
+            FakeGenerator(name, seconds=1.0, die_at_generate=1)
+            if name == "generator-0"
+            else FakeGenerator(name, die_at_update=1)
+        )
+
+    run = make_run(make_generator=make, max_concurrent=8, max_restarts=3, max_prompt_tries=3, ppo={"batch_size": 8})
+    with pytest.raises(WorkerDiedError, match=r"generator\.max_restarts = 3"):
+        run.go()
+    assert len(run.generators) == 1 + 3 + 1
+
+
 def test_a_checkpoint_lets_the_deaths_before_it_be_forgotten(make_run) -> None:
     def dying(name: str) -> FakeGenerator:
         return FakeGenerator(name, die_at_generate=6)  # each, after five prompts

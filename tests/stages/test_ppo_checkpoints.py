@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -109,6 +110,21 @@ async def test_what_waits_for_the_learner_comes_back_as_refs_of_the_same_values(
         assert after.experiences[0].score == before.experiences[0].score
         assert await after.experiences[0].rollout == rollout
         assert (await after.experiences[0].ref_logprobs == await before.experiences[0].ref_logprobs).all()
+
+
+async def test_the_process_that_writes_what_waits_may_die_and_the_next_checkpoint_is_whole(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path, FakeLearner())
+    prompts, _ = await scored_prompts(3)
+    written_by = []
+    for step in (1, 2):
+        await checkpoints.begin(step, {"step": step}, prompts)
+        assert await checkpoints.end(wait=True)
+        (process,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Writer"))
+        written_by.append(process.pid)
+        process.kill()
+    assert written_by[0] != written_by[1]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
+    await checkpoints.close()
 
 
 async def test_a_checkpoint_counts_only_once_the_learner_has_written_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config import RunConfig
+from rlhf_ray.pipeline.workers import WorkerState
 from rlhf_ray.stages import steering
 from rlhf_ray.stages.steering import STARVED_TICKS, ElasticPool, Steering
 
@@ -22,12 +23,18 @@ class Pool:
         self.wanted = wanted
         self.up = up
         self.unplaced = set(range(unplaced))
+        self.draining = False
 
     def size(self) -> int:
         return self.up
 
     def want(self, count: int) -> None:
         self.wanted = count
+        if self.up > count:
+            self.up, self.draining = count, True
+
+    def states(self) -> dict[str, WorkerState]:
+        return {"generator-0": WorkerState.DRAINING if self.draining else WorkerState.READY}
 
     def status(self) -> dict[str, Any]:
         return {"wanted": self.wanted, "up": self.up}
@@ -59,20 +66,40 @@ def steered(config: RunConfig, *, service: str | None = None, **pools: Pool) -> 
 def test_a_generator_beyond_the_least_gives_its_place_to_the_last_reference_for_as_long_as_it_must(
     config: RunConfig,
 ) -> None:
-    generators, references = Pool(up=2, wanted=3, unplaced=1), Pool(up=0, wanted=1, unplaced=1)
+    generators, references = Pool(up=3, wanted=4, unplaced=1), Pool(up=0, wanted=1, unplaced=1)
     steers = steered(config, generators=generators, references=references)
     for _ in range(STARVED_TICKS - 1):
         steers._make_room()
-    assert generators.wanted == 3, "it may find a place yet"
+    assert generators.wanted == 4, "it may find a place yet"
     steers._make_room()
-    assert generators.wanted == 1, "and nobody queues up for the place"
-    generators.up = 1
+    assert generators.wanted == 2, "and nobody queues up for the place"
+    assert steers._pools["generators"].status()["asked"] == 4
+    for _ in range(3 * STARVED_TICKS):
+        steers._make_room()
+    assert generators.wanted == 2, "it has not left yet"
+    generators.draining = False
+    for _ in range(STARVED_TICKS):
+        steers._make_room()
+    assert generators.wanted == 1
+    generators.draining = False
     for _ in range(3 * STARVED_TICKS):
         steers._make_room()
     assert generators.wanted == 1, "the least is kept"
     references.up, references.unplaced = 1, set()
     steers._make_room()
-    assert generators.wanted == 3
+    assert generators.wanted == 4
+
+
+def test_a_loan_is_forgotten_where_somebody_says_how_many_there_are_to_be(config: RunConfig) -> None:
+    generators, references = Pool(up=3, wanted=3), Pool(up=0, wanted=1, unplaced=1)
+    steers = steered(config, generators=generators, references=references)
+    for _ in range(STARVED_TICKS):
+        steers._make_room()
+    assert generators.wanted == 2
+    steers._pools["generators"].scale(1)
+    references.up, references.unplaced = 1, set()
+    steers._make_room()
+    assert generators.wanted == 1
 
 
 def test_a_pool_that_waits_while_it_has_somebody_takes_nothing(config: RunConfig) -> None:
