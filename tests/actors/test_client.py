@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from rlhf_ray.actors.client import ActorClient
-from rlhf_ray.actors.pulse import PulsingWorker
+from rlhf_ray.actors.pulse import PULSE_GROUP, Pulse, PulsingWorker
 from rlhf_ray.cluster import start_actor
 from rlhf_ray.errors import NodeLostError, WorkerDiedError
 
@@ -38,14 +38,22 @@ class Sleeper(PulsingWorker):
         print(line, flush=True)
 
 
+class Speechless(Sleeper):
+    """Never says how it is doing, though its process answers."""
+
+    @ray.method(concurrency_group=PULSE_GROUP)
+    async def pulse(self) -> Pulse:
+        raise ValueError("no pulse")
+
+
 def oversleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
 class SleeperClient(ActorClient):
     @classmethod
-    def start(cls, name: str, *, hang_timeout_s: float) -> SleeperClient:
-        actor = start_actor(Sleeper, num_cpus=0, num_gpus=0, threads=1, concurrency=8)
+    def start(cls, name: str, *, hang_timeout_s: float, worker: type[Sleeper] = Sleeper) -> SleeperClient:
+        actor = start_actor(worker, num_cpus=0, num_gpus=0, threads=1, concurrency=8)
         return cls(name, actor, hang_timeout_s=hang_timeout_s)
 
     @property
@@ -124,6 +132,15 @@ async def test_a_stopped_process_is_taken_for_dead_and_ended() -> None:
     await asyncio.to_thread(process.wait, 20)
     with pytest.raises(WorkerDiedError, match="hung"):
         await client.work(1, 0)
+    await client.close()
+
+
+async def test_a_worker_that_cannot_be_asked_how_it_is_doing_is_taken_for_dead_in_the_end() -> None:
+    client = SleeperClient.start("generator-2", hang_timeout_s=4, worker=Speechless)
+    await client.ready()
+    assert await client.work(1, 0) == 1, "not at the first time"
+    message = await death_of(asyncio.create_task(client.work(1, 600)))
+    assert message.startswith("generator-2 hung while it started: it cannot be asked how it is doing")
     await client.close()
 
 

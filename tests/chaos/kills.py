@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,7 @@ def _kills(
                 now, order = order[:number_now], order[number_now:]
                 print(f"killing {' and '.join(now)}", file=sys.stderr, flush=True)
                 kills.append(_kill(run, nodes, now, draw))
+                order += (Counter(now) - Counter(kills[-1]["roles"])).elements()  # what there was none of, later again
                 print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
             steps = _finish(run)
         except Broken as error:
@@ -302,7 +304,7 @@ def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict
             if len(there) >= len(old[role]) and there - set(old[role]):
                 after = time.time()
                 del old[role]
-        return not old and _is_whole(now) and now["at"] > after and _are_replaced(roles, before, now)
+        return not old and _is_whole(now) and now["at"] > after and _are_replaced(struck, before, now)
 
     run.wait_for(whole)
     role = struck[0] if len(struck) == 1 else TWO_AT_ONCE
