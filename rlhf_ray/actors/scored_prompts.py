@@ -37,8 +37,7 @@ class ScoredPromptsWriter:
             await asyncio.to_thread(save_scored, folder, [], [], [])
             return
         if self._actor is None:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            self._actor = _WRITER.options(scheduling_strategy=here).remote()
+            self._actor = _WRITER.options(scheduling_strategy=_here()).remote()
         try:
             await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
         except ObjectLostError as error:
@@ -60,9 +59,14 @@ def load_scored_refs(folder: Path) -> list[ScoredPrompt]:
     number = sum(len(prompt.experiences) for prompt in prompts)
     if not number:
         return []
-    refs = _LOAD.options(num_returns=2 * number).remote(str(folder))
+    refs = _LOAD.options(num_returns=2 * number, scheduling_strategy=_here()).remote(str(folder))
     pairs = zip(refs[:number], refs[number:], strict=True)
     return [replace(p, experiences=tuple(_with_refs(e, *next(pairs)) for e in p.experiences)) for p in prompts]
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """On this process's node, whose disk it is. A soft wish is not heard of an actor that reserves nothing."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _with_refs(experience: ExperienceRefs, rollout: Ref, ref_logprobs: Ref) -> ExperienceRefs:

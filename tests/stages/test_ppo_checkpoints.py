@@ -14,6 +14,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.cluster_utils import Cluster
 
 from rlhf_ray.actors.learner import LearnerRank, LearnerWorker, RayLearner
 from rlhf_ray.actors.scored_prompts import load_scored_refs
@@ -28,10 +29,15 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(ray_temp_dir: Path) -> Iterator[None]:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=str(ray_temp_dir))
+def cluster() -> Iterator[None]:
+    """Three nodes, which Ray may choose from for what has no wish."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False)
     yield
     ray.shutdown()
+    nodes.shutdown()
 
 
 class Writer(LearnerWorker):
@@ -77,6 +83,14 @@ def checkpoints_of(root: Path, learner: Any, keep: int = 2) -> RunCheckpoints:
     return RunCheckpoints(root, learner, identity={"seed": 0}, keep=keep)
 
 
+def processes_that_write() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Writer")]
+
+
+def node_of(actor: Any) -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
 async def scored_prompts(number: int) -> tuple[list[ScoredPrompt], list[Any]]:
     """Scored prompts whose refs are Ray's, and the rollouts behind them."""
     generator = FakeGenerator()
@@ -119,12 +133,38 @@ async def test_the_process_that_writes_what_waits_may_die_and_the_next_checkpoin
     for step in (1, 2):
         await checkpoints.begin(step, {"step": step}, prompts)
         assert await checkpoints.end(wait=True)
-        (process,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Writer"))
+        (process,) = processes_that_write()
         written_by.append(process.pid)
         process.kill()
     assert written_by[0] != written_by[1]
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
     await checkpoints.close()
+
+
+async def test_the_process_that_writes_what_waits_may_die_while_it_writes(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path, FakeLearner())
+    prompts, _ = await scored_prompts(3)
+    await checkpoints.begin(1, {"step": 1}, prompts)
+    assert await checkpoints.end(wait=True)
+    (process,) = processes_that_write()
+    process.suspend()
+    await checkpoints.begin(2, {"step": 2}, prompts)
+    await asyncio.sleep(0.5)
+    process.kill()
+    assert await checkpoints.end(wait=True)
+    assert len(load_scored_refs(tmp_path / "step-000002" / "scored")) == 3
+    await checkpoints.close()
+
+
+async def test_what_waits_is_written_on_the_node_whose_disk_it_is(tmp_path: Path) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    prompts, _ = await scored_prompts(1)
+    for attempt in range(4):
+        checkpoints = checkpoints_of(tmp_path / str(attempt), FakeLearner())
+        await checkpoints.begin(1, {"step": 1}, prompts)
+        assert await checkpoints.end(wait=True)
+        assert await checkpoints._writer._actor.__ray_call__.remote(node_of) == here
+        await checkpoints.close()
 
 
 async def test_a_checkpoint_counts_only_once_the_learner_has_written_its_own(tmp_path: Path) -> None:
