@@ -20,13 +20,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_ray.errors import CheckpointError, InputError
+from rlhf_ray.tensors_file import write_tensors
 
 log = logging.getLogger("rlhf_ray.checkpoint")
 
@@ -43,17 +44,16 @@ def save_checkpoint(folder: Path, *, tensors: Mapping[str, Tensor], state: Mappi
     """Write ``folder``, in place of what may be there, and mark it complete.
 
     Args:
-        tensors: contiguous; no two may share memory.
+        tensors: dense, on any device.
         state: what JSON can hold.
 
     Raises:
         CheckpointError: the disk is full, or fails; nothing half-written is left.
     """
     with _disk_failures_named(folder), replaced_folder(folder) as temporary:
-        if tensors:
-            save_file(dict(tensors), temporary / TENSORS_FILE)
+        digests = {TENSORS_FILE: write_tensors(temporary / TENSORS_FILE, tensors)} if tensors else {}
         (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-    mark_complete(folder)
+    mark_complete(folder, digests)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,10 +106,13 @@ def _marked_files(folder: Path) -> dict[str, str]:
     return dict(digests)
 
 
-def mark_complete(folder: Path) -> None:
+def mark_complete(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
     """Say that all of ``folder`` is written: readers trust the marker alone.
 
     A folder inside it counts by its own marker; one that has none is an error, since it is not whole.
+
+    Args:
+        known: name → SHA-256 of files that need not be read for it.
 
     Raises:
         InputError: a folder inside has no marker.
@@ -121,7 +124,8 @@ def mark_complete(folder: Path) -> None:
         if not part.is_file():
             raise InputError(f"{folder} cannot be marked complete: {path} in it has no {MARKER}")
         if part != folder / MARKER:
-            digests[str(part.relative_to(folder))] = _sha256(part)
+            name = str(part.relative_to(folder))
+            digests[name] = known.get(name) or _sha256(part)
     temporary = folder / f".{MARKER}{_TEMPORARY}"
     with _disk_failures_named(folder):
         temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -211,7 +215,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 def _disk_failures_named(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{folder} could not be written ({error}); free space on its disk, or set output_dir to a larger one"
         ) from error
