@@ -3,18 +3,23 @@ and ``summary.json``.
 
 Metrics are values that roles return; the pipeline alone logs them, here. One JSON object per step, flushed at once, so
 that a run that is killed keeps every step it took. JSON has no NaN: a value that is not finite is written as null.
+What a full disk does not take is reported, kept, and written before the next row.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
+
+log = logging.getLogger("rlhf_ray.metrics")
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -44,37 +49,36 @@ class MetricsWriter:
             for name in (METRICS_FILE, SAMPLES_FILE):
                 _keep(run_dir / name, lambda row: row.get("step", 0) <= resume_step)
             _keep(run_dir / QUARANTINE_FILE, lambda row: row.get("prompt_id") in quarantined)
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._samples_path = run_dir / SAMPLES_FILE
-        self._samples: TextIO | None = None
-        self._quarantine_path = run_dir / QUARANTINE_FILE
+        self._metrics = _Lines(run_dir / METRICS_FILE)
+        self._metrics.open()
+        self._samples = _Lines(run_dir / SAMPLES_FILE)
+        self._quarantine = _Lines(run_dir / QUARANTINE_FILE)
         self._events: Any = None
 
     def write(self, metrics: Mapping[str, float], samples: Iterable[Mapping[str, Any]] = ()) -> None:
         """Log one step. ``metrics`` holds the step's number under ``step``; each sample's line gets it too."""
         step = int(metrics["step"])
-        _write_line(self._metrics, metrics)
+        self._metrics.write(metrics)
         for sample in samples:
-            if self._samples is None:  # a run without samples leaves no file for them
-                self._samples = self._samples_path.open("a", encoding="utf-8")
-            _write_line(self._samples, {"step": step, **sample})
-        events = self._tensorboard()
-        for name, value in metrics.items():
-            if name != "step" and math.isfinite(value):
-                events.add_scalar(f"{name.partition('_')[0]}/{name}", value, step)
-        events.flush()
+            self._samples.write({"step": step, **sample})
+        try:
+            events = self._tensorboard()
+            for name, value in metrics.items():
+                if name != "step" and math.isfinite(value):
+                    events.add_scalar(f"{name.partition('_')[0]}/{name}", value, step)
+            events.flush()
+        except OSError as error:
+            self._events = None  # its thread has ended: the next step gets another
+            log.error("TensorBoard will lack step %d: %s", step, error)
 
     def quarantine(self, row: Mapping[str, Any]) -> None:
         """Name a prompt that the run leaves out; it is on disk at once, for the run may end with the same prompt."""
-        with self._quarantine_path.open("a", encoding="utf-8") as out:
-            _write_line(out, row)
+        self._quarantine.write(row)
 
     def close(self) -> None:
         """Close every file; a second call does nothing."""
-        self._metrics.close()
-        if self._samples is not None:
-            self._samples.close()
-            self._samples = None
+        for lines in (self._metrics, self._samples, self._quarantine):
+            lines.close()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -94,6 +98,44 @@ class MetricsWriter:
 
             self._events = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
         return self._events
+
+
+class _Lines:
+    """Appends rows to a JSONL file, which it makes with the first one, each on its way to the disk at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+        self._kept = b""
+        """What the disk has not taken yet; it may begin within a row."""
+
+    def open(self) -> None:
+        """Make the file."""
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._kept += _line(row).encode()
+        try:
+            self._write_kept()
+        except OSError as error:
+            log.error("a row of %s is kept and written with the next one: %s", self._path, error)
+
+    def close(self) -> None:
+        """Try the last time; close."""
+        try:
+            self._write_kept()
+        except OSError as error:
+            log.error("%s lacks its last rows: %s", self._path, error)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write_kept(self) -> None:
+        while self._kept:
+            self.open()
+            assert self._file is not None
+            self._kept = self._kept[self._file.write(self._kept) :]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -130,11 +172,19 @@ def status_kept(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        write_summary(run_dir, {"status": "interrupted"})
+        _note_end(run_dir, {"status": "interrupted"})
         raise
     except Exception as error:
-        write_summary(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
+        _note_end(run_dir, {"status": "failed", "cause": f"{type(error).__name__}: {error}"})
         raise
+
+
+def _note_end(run_dir: Path, updates: Mapping[str, Any]) -> None:
+    """A disk that does not take it must not hide the cause."""
+    try:
+        write_summary(run_dir, updates)
+    except OSError as error:
+        log.error("%s still says that the run goes on: %s", run_dir / SUMMARY_FILE, error)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,9 +206,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _write_line(out: TextIO, row: Mapping[str, Any]) -> None:
-    out.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-    out.flush()
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -187,8 +236,7 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     kept = [row for row in read_lines(path) if wanted(row)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as out:
-        for row in kept:
-            _write_line(out, row)
+        out.writelines(_line(row) for row in kept)
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from rlhf_ray.metrics import MetricsWriter, read_lines, read_summary, write_summary
+from rlhf_ray.metrics import MetricsWriter, read_lines, read_summary, status_kept, write_summary
 
 
 def steps(path: Path) -> list[float]:
@@ -81,6 +84,44 @@ def test_tensorboard_reads_the_scalars_back_and_a_resume_replaces_the_later_ones
     events.Reload()
     assert events.Tags()["scalars"] == ["score/score_mean"]
     assert [(e.step, e.value) for e in events.Scalars("score/score_mean")] == [(1, 10.0), (2, 20.0), (3, 33.0)]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.parametrize("room", [0, 5, 30])
+def test_what_a_full_disk_does_not_take_is_said_and_written_with_the_next_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1}, [{"response": "one"}])
+        writer.quarantine({"prompt_id": 7})
+        lines = (tmp_path / "metrics.jsonl").stat().st_size
+        with largest_file(lines + room):
+            for step in (2, 3, 4):
+                writer.write({"step": step, "kl": 0.1}, [{"response": "the next one"}])
+            writer.quarantine({"prompt_id": 8})
+        assert f"a row of {tmp_path / 'metrics.jsonl'} is kept and written with the next one" in caplog.text
+        assert steps(tmp_path / "metrics.jsonl") != [1, 2, 3, 4]
+        writer.write({"step": 5}, [{"response": "five"}])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert steps(tmp_path / name) == [1, 2, 3, 4, 5]
+    assert [row["prompt_id"] for row in read_lines(tmp_path / "quarantine.jsonl")] == [7, 8]
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="the cause"), largest_file(60), status_kept(tmp_path):
+        raise ValueError("the cause" * 100)
+    assert "still says that the run goes on" in caplog.text
 
 
 def test_a_writer_that_logs_nothing_makes_no_event_file(tmp_path: Path) -> None:
