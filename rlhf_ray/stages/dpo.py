@@ -61,7 +61,7 @@ def train_dpo(config: RunConfig, on_progress: OnProgress | None = None, *, resum
         resume: go on from the newest whole checkpoint of this run.
 
     Raises:
-        ConfigError: the run has a policy, or there is nothing to resume.
+        ConfigError: the run has a policy, or what it is to resume is another training's or damaged.
         DataError: a preference file is missing, has a bad line, or a pair that is too long.
         ModelError: the model cannot be loaded.
         NumericalError: the loss is no longer a number.

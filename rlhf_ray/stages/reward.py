@@ -84,8 +84,8 @@ def train_reward(
         resume: go on from the newest whole checkpoint of this run.
 
     Raises:
-        ConfigError: the folder is in use, there is nothing to resume, or ``reward.freeze_layers`` is more than the
-            model has.
+        ConfigError: the folder is in use, what is to be resumed is another training's or damaged, or
+            ``reward.freeze_layers`` is more than the model has.
         DataError: a preference file is missing, has a bad line, or a pair that is too long.
         ModelError: the model cannot be loaded.
         NumericalError: the loss or a score is no longer a number.

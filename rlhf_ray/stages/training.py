@@ -57,11 +57,11 @@ def identity(config: RunConfig, section: TrainerConfig, rows: Sequence[Any], *, 
     }
 
 
-def check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool) -> int:
-    """Checkpoints are there if, and only if, they are to be resumed from, and they are of this very training.
+def check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool) -> int | None:
+    """Checkpoints are there only if they are to be resumed from, and they are of this very training.
 
     Returns:
-        The step that it begins at.
+        The step that it goes on from: 0 where it was cut short before its first checkpoint. None: it is a new one.
 
     Raises:
         InputError: which it is not.
@@ -72,13 +72,16 @@ def check_start(checkpoints: Path, identity: Mapping[str, Any], *, resume: bool)
                 f"{checkpoints} holds checkpoints of an earlier training; resume it, choose another name, or remove "
                 "that folder"
             )
-        return 0
+        return None
     newest = latest_checkpoint(checkpoints)
     if newest is None:
-        raise ConfigError(
-            f"--resume: there is no whole checkpoint in {checkpoints}; start afresh, with --overwrite where a training "
-            "was cut short before its first one"
-        )
+        if damaged := len(marked_checkpoints(checkpoints)):
+            raise ConfigError(
+                f"--resume: there is no whole checkpoint in {checkpoints}, and the {damaged} that are marked complete "
+                "are damaged; start afresh with --overwrite"
+            )
+        log.warning("--resume: there is no checkpoint in %s yet; beginning at the first step", checkpoints)
+        return 0
     then = json.loads((newest / IDENTITY_FILE).read_text(encoding="utf-8"))
     if changed := [key for key, value in identity.items() if then.get(key) != value]:
         was = ", ".join(f"{key} = {then.get(key)}" for key in changed)
@@ -99,7 +102,7 @@ def refuse_policy(config: RunConfig) -> None:
 
 @contextmanager
 def policy_training(
-    config: RunConfig, section: TrainerConfig, *, start: int, on_progress: OnProgress | None
+    config: RunConfig, section: TrainerConfig, *, start: int | None, on_progress: OnProgress | None
 ) -> Iterator[tuple[Path, OnProgress]]:
     """An empty folder that becomes ``policy`` when the block ends without an error, and what is to hear of progress.
 
@@ -107,7 +110,7 @@ def policy_training(
     folder is thrown away, and in the end the checkpoints are.
 
     Args:
-        start: the step that training goes on from.
+        start: what ``check_start`` gave.
         on_progress: hears the role's ``Progress``.
     """
     scratch = Path(tempfile.mkdtemp(prefix=f".{section.section}-", dir=config.run_dir))
@@ -115,7 +118,7 @@ def policy_training(
     folder.mkdir()
     try:
         with status_kept(config.run_dir):
-            with MetricsWriter(config.run_dir, resume_step=start or None) as writer:
+            with MetricsWriter(config.run_dir, resume_step=start) as writer:
                 yield folder, _recorder(section, writer, on_progress)
             with replaced_folder(config.run_dir / "policy") as whole:
                 folder.replace(whole)

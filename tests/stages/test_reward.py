@@ -245,10 +245,10 @@ def with_a_checkpoint(config: RunConfig, identity: dict[str, Any]) -> Path:
     return folder
 
 
-def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_resuming_where_every_checkpoint_is_damaged_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
     config = a_run(tmp_path, tiny_model_dir)
-    (config.run_dir / "reward.checkpoints" / "step-000010").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"--resume: there is no whole checkpoint in .*reward\.checkpoints"):
+    (with_a_checkpoint(config, {}) / "identity.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"no whole checkpoint in .*reward\.checkpoints, and the 1 .* are damaged"):
         train_reward(config, resume=True)
 
 

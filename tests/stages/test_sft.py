@@ -146,8 +146,3 @@ def test_nothing_but_ties_is_refused(tmp_path: Path, tiny_model_dir: Path) -> No
     write_preferences(config.run_dir / "preferences.jsonl", [tie])
     with pytest.raises(DataError, match="must each prefer some response; here there are only ties"):
         train_sft(config)
-
-
-def test_resuming_without_a_whole_checkpoint_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--resume: there is no whole checkpoint in .*sft\.checkpoints"):
-        train_sft(a_run(tmp_path, tiny_model_dir), resume=True)
