@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnschedulableError, NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 
 from rlhf_ray.config import SPIN_COUNT, RunConfig, TrainerConfig
-from rlhf_ray.errors import ResourceError, WorkerDiedError
+from rlhf_ray.errors import ResourceError, RlhfRayError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
 
@@ -242,6 +242,12 @@ async def wait_ready(starting: Mapping[str, Awaitable[Any]], *, notice: Callable
     finally:
         for task in waiting:
             task.cancel()
+
+
+def raise_own(error: RayTaskError) -> None:
+    """Raise an error of rlhf_ray that came up in another process without Ray's account of it; leave any other alone."""
+    if isinstance(error.cause, RlhfRayError):
+        raise error.cause from error
 
 
 async def _answered(name: str, answer: Awaitable[Any]) -> None:

@@ -40,7 +40,7 @@ class Generator(Worker, Protocol):
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
         """Sample ``prompt.completions`` responses; each ref holds a ``Rollout``. Many calls may be under way
-        (continuous batching).
+        (continuous batching). Raises ``PromptError`` where a response's log-probabilities are not finite.
         """
         ...
 
@@ -53,7 +53,9 @@ class Reference(Worker, Protocol):
     """The frozen policy that the KL is measured against."""
 
     async def logprobs(self, rollout: Ref) -> Ref:
-        """The ref holds a [T] float32 array: log-probabilities of the rollout's response, nats."""
+        """The ref holds a [T] float32 array: log-probabilities of the rollout's response, nats. Raises ``PromptError``
+        where they are not finite.
+        """
         ...
 
 

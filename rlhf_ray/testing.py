@@ -42,6 +42,7 @@ from rlhf_ray.errors import (
     NodeLostError,
     NoScoreError,
     NumericalError,
+    PromptError,
     ScorerError,
     StalenessError,
     WorkerDiedError,
@@ -136,6 +137,7 @@ class FakeGenerator(_Mortal):
             every later one then raises ``WorkerDiedError``.
         hang_at_generate: the call, counted from 1, that never ends unless the worker dies.
         poison: ids of prompts that kill whoever is given them.
+        nan: ids of prompts whose responses get NaN for a log-probability.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class FakeGenerator(_Mortal):
         die_at_update: int | None = None,
         hang_at_generate: int | None = None,
         poison: Collection[int] = (),
+        nan: Collection[int] = (),
     ) -> None:
         super().__init__(name)
         self.version: int | None = None
@@ -167,6 +170,7 @@ class FakeGenerator(_Mortal):
         self._die_at_update = die_at_update
         self._hang_at_generate = hang_at_generate
         self._poison = poison
+        self._nan = nan
         self._updates = 0
 
     async def generate(self, prompt: Prompt) -> Sequence[tuple[RolloutReceipt, Ref]]:
@@ -178,6 +182,8 @@ class FakeGenerator(_Mortal):
             self.kill()
         seconds = self._seconds if isinstance(self._seconds, float | int) else self._seconds(prompt.prompt_id)
         await self._live_on(math.inf if call == self._hang_at_generate else seconds)
+        if prompt.prompt_id in self._nan:
+            raise PromptError(f"a log-probability of prompt {prompt.prompt_id} was NaN (fault injection)")
         rollouts = [self._sample(prompt, member, before, self.version) for member in range(prompt.completions)]
         return [(self._receipt(rollout, seconds), rollout) for rollout in rollouts]
 

@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, RayError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayError, RayTaskError
 
 from rlhf_ray.actors.evidence import Evidence, gather_evidence
 from rlhf_ray.actors.pulse import LOADING, Place, Pulse
-from rlhf_ray.cluster import DEATHS, node_is_gone
+from rlhf_ray.cluster import DEATHS, node_is_gone, raise_own
 from rlhf_ray.errors import DataLostError, NodeLostError, WorkerDiedError
 
 log = logging.getLogger("rlhf_ray.cluster")
@@ -93,6 +93,7 @@ class ActorClient:
         Raises:
             WorkerDiedError: the actor is gone, or hung and was ended; ``NodeLostError`` if its node is gone.
             DataLostError: an argument of the call is.
+            RlhfRayError: one that the actor raised.
         """
         answer = asyncio.wrap_future(ref.future())
         self._calls += 1
@@ -108,6 +109,9 @@ class ActorClient:
             raise await asyncio.shield(self._judge(str(error), hung=False)) from error
         except ObjectLostError as error:
             raise DataLostError(f"what {self.name} was to read went with the node that held it") from error
+        except RayTaskError as error:
+            raise_own(error)
+            raise
         finally:
             self._calls -= 1
             answer.cancel()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -23,7 +24,7 @@ from rlhf_ray.actors.weights import unpack_weights
 from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
 from rlhf_ray.data.prompts import sampling_seed
-from rlhf_ray.errors import ConfigError, WorkerDiedError
+from rlhf_ray.errors import ConfigError, PromptError, WorkerDiedError
 from rlhf_ray.types import Probe, Prompt, Ref, Rollout, RolloutReceipt, VersionedWeights, WeightAck
 
 PROBE_ROOM = 192
@@ -49,12 +50,21 @@ class GeneratorWorker(PulsingWorker):
         return self._name
 
     async def generate(self, prompt: Prompt) -> tuple[Any, ...]:
-        """The receipts of all responses to the prompt, and each response; many calls share the engine's batch."""
+        """The receipts of all responses to the prompt, and each response; many calls share the engine's batch.
+
+        Raises:
+            PromptError: a log-probability of a response is not finite.
+        """
         self._loop = asyncio.get_running_loop()
         began = time.monotonic()
         futures = [self._submit(member) for member in engine_prompts(prompt)]
         rollouts = [replace(rollout, prompt=prompt) for rollout in await asyncio.gather(*futures)]
         seconds = time.monotonic() - began
+        if not all(math.isfinite(logprob) for rollout in rollouts for logprob in rollout.rollout_logprobs):
+            raise PromptError(
+                f"{self._name} gave NaN or infinity as a log-probability for prompt {prompt.named()}; where there are "
+                "many of these the policy has collapsed: lower learner.lr, or raise ppo.kl.coef"
+            )
         return [make_receipt(rollout, self._name, seconds) for rollout in rollouts], *rollouts
 
     def _submit(self, prompt: Prompt) -> asyncio.Future[Rollout]:

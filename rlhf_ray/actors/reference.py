@@ -12,6 +12,7 @@ from rlhf_ray.actors.client import ActorClient
 from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.cluster import start_actor
 from rlhf_ray.config import RunConfig
+from rlhf_ray.errors import PromptError
 from rlhf_ray.pipeline.shared_calls import SharedCalls
 from rlhf_ray.types import Ref, Rollout
 
@@ -37,8 +38,18 @@ class ReferenceWorker(PulsingWorker):
                 self._model = await asyncio.to_thread(ReferenceModel, **self._options)
 
     async def logprobs(self, rollout: Rollout) -> tuple[bool, np.ndarray]:
-        """(True, [T] float32 log-probabilities of the response): the driver opens the first and leaves the second."""
-        return True, await self._calls(rollout)
+        """(True, [T] float32 log-probabilities of the response): the driver opens the first and leaves the second.
+
+        Raises:
+            PromptError: one of them is not finite.
+        """
+        logprobs = await self._calls(rollout)
+        if not np.isfinite(logprobs).all():
+            raise PromptError(
+                "the reference gave NaN or infinity as a log-probability for a response to prompt "
+                f"{rollout.prompt.named()}; where there are many of these, look at model.path and reference.precision"
+            )
+        return True, logprobs
 
     async def _forward(self, rollouts: Sequence[Rollout]) -> Sequence[np.ndarray]:
         assert self._model is not None, "ready() comes first"

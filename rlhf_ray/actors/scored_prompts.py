@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlhf_ray.cluster import raise_own
 from rlhf_ray.errors import CheckpointError, DataLostError
 from rlhf_ray.roles.scored_prompts import read_responses, read_scored, save_scored, without_refs
 from rlhf_ray.types import ExperienceRefs, Ref, ScoredPrompt
@@ -42,7 +43,8 @@ class ScoredPromptsWriter:
             await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
         except ObjectLostError as error:
             raise DataLostError("a scored response went with the node that held it") from error
-        except RayTaskError:
+        except RayTaskError as error:
+            raise_own(error)
             raise
         except RayError as error:
             raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error

@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from rlhf_ray.actors.client import ActorClient
 from rlhf_ray.actors.pulse import PulsingWorker
 from rlhf_ray.actors.starting import ActorStarter
-from rlhf_ray.cluster import DEATHS, start_actor
+from rlhf_ray.cluster import DEATHS, raise_own, start_actor
 from rlhf_ray.config import FunctionScorerConfig, RemoteScorerConfig, RunConfig
 from rlhf_ray.errors import DataLostError, ForwardFailedError, NoScoreError, ScorerError, WorkerDiedError
 from rlhf_ray.interfaces import Scorer
@@ -82,7 +82,9 @@ class ServedScorer:
             except ObjectLostError as error:
                 raise DataLostError("a response went with the node that held it before it was scored") from error
             except RayTaskError as error:
-                _raise_own(error)
+                if isinstance(error.cause, ForwardFailedError):
+                    raise WorkerDiedError(str(error.cause)) from error
+                raise_own(error)
                 raise
             else:
                 if not math.isfinite(score.value):
@@ -163,11 +165,7 @@ class ActorScorer(ActorClient):
         return cls(name, actor, hang_timeout_s=config.hang_timeout_s)
 
     async def score(self, rollout: Ref) -> Score:
-        try:
-            score: Score = await self.answer(self._actor.score.remote(rollout))
-        except RayTaskError as error:
-            _raise_own(error)
-            raise
+        score: Score = await self.answer(self._actor.score.remote(rollout))
         return score
 
 
@@ -252,11 +250,3 @@ def _maker(section: RemoteScorerConfig | FunctionScorerConfig) -> Callable[[], S
         timeout_seconds=section.timeout_s,
         tries=section.tries,
     )
-
-
-def _raise_own(error: RayTaskError) -> None:
-    """Raise a scorer's own error without Ray's account of where it came up; leaves any other alone."""
-    if isinstance(error.cause, ForwardFailedError):
-        raise WorkerDiedError(str(error.cause)) from error
-    if isinstance(error.cause, ScorerError):
-        raise error.cause from error

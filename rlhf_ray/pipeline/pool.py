@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from rlhf_ray.errors import DataLostError, StalenessError, WorkerDiedError
+from rlhf_ray.errors import DataLostError, PromptError, StalenessError, WorkerDiedError
 from rlhf_ray.interfaces import Generator, PooledScorer, Reference
 from rlhf_ray.pipeline.workers import Member, WorkerPool
 from rlhf_ray.types import Prompt, Ref, RolloutReceipt, Score, VersionedWeights, WeightAck
@@ -48,10 +48,11 @@ class GeneratorPool(WorkerPool[Generator]):
 
         Args:
             on_admit: called with (prompt id, version) as a generator that serves ``version`` gets the prompt.
-            on_withdraw: called with the prompt id when that generator has died; another ``on_admit`` follows.
+            on_withdraw: called with the prompt id when that generator has given nothing; another ``on_admit`` follows,
+                or an error.
 
         Raises:
-            PromptError: ``max_prompt_tries`` workers died on this prompt.
+            PromptError: ``max_prompt_tries`` workers died on this prompt, or a response has no log-probabilities.
             DataLostError: the responses went with their node; ``on_withdraw`` was called.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
@@ -61,7 +62,7 @@ class GeneratorPool(WorkerPool[Generator]):
             on_admit(prompt.prompt_id, member.version)
             try:
                 return await generator.generate(prompt)
-            except (WorkerDiedError, DataLostError):
+            except (WorkerDiedError, DataLostError, PromptError):
                 on_withdraw(prompt.prompt_id)
                 raise
 
@@ -97,7 +98,7 @@ class ReferencePool(WorkerPool[Reference]):
             prompt: whose response the rollout is.
 
         Raises:
-            PromptError: ``max_prompt_tries`` workers died on this rollout.
+            PromptError: ``max_prompt_tries`` workers died on this rollout, or it has no log-probabilities.
             WorkerDiedError: more workers died than ``max_restarts`` replaces.
         """
         return await self._call(

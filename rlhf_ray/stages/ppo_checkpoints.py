@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayTaskError
-
 from rlhf_ray.actors.scored_prompts import ScoredPromptsWriter
 from rlhf_ray.checkpoint import mark_complete, prune, save_checkpoint
 from rlhf_ray.errors import CheckpointError, ConfigError
@@ -62,11 +60,11 @@ class RunCheckpoints:
             await self._own_part
             await self._learner.written(wait=True)
             await asyncio.to_thread(self._mark, self._folder)
-        except CheckpointError as error:
+        except CheckpointError:
             self._own_part.cancel()
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
             self._folder = self._own_part = None
-            raise (error.cause if isinstance(error, RayTaskError) else error) from None
+            raise
         self._folder = self._own_part = None
         return True
 

@@ -17,7 +17,7 @@ import ray
 from rlhf_ray.actors.client import ActorClient
 from rlhf_ray.actors.pulse import PULSE_GROUP, Pulse, PulsingWorker
 from rlhf_ray.cluster import start_actor
-from rlhf_ray.errors import NodeLostError, WorkerDiedError
+from rlhf_ray.errors import NodeLostError, PromptError, WorkerDiedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -36,6 +36,9 @@ class Sleeper(PulsingWorker):
 
     async def say(self, line: str) -> None:
         print(line, flush=True)
+
+    async def refuse(self) -> None:
+        raise PromptError("no worker can work on this")
 
 
 class Speechless(Sleeper):
@@ -67,6 +70,9 @@ class SleeperClient(ActorClient):
 
     async def say(self, line: str) -> None:
         await self.answer(self._actor.say.remote(line))
+
+    async def refuse(self) -> None:
+        await self.answer(self._actor.refuse.remote())
 
     async def seen(self, phase: str) -> None:
         while self._pulse is None or self._pulse.phase != phase:  # noqa: ASYNC110 (nobody is told of a pulse)
@@ -100,6 +106,15 @@ async def test_the_error_of_a_killed_worker_says_what_it_was_at_its_memory_and_i
     message = await death_of(*calls)
     assert message.startswith("generator-3 died while sampling (peak memory 0.")
     assert "its log ends:\n  about to allocate the cache" in message
+    await client.close()
+
+
+async def test_a_workers_own_error_comes_back_without_rays_account_of_it() -> None:
+    client = SleeperClient.start("generator-0", hang_timeout_s=60)
+    await client.ready()
+    with pytest.raises(PromptError) as caught:
+        await client.refuse()
+    assert (type(caught.value), str(caught.value)) == (PromptError, "no worker can work on this")
     await client.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,17 +13,18 @@ from typing import Any
 import pytest
 
 from rlhf_ray.actors.generator import GeneratorWorker
-from rlhf_ray.errors import ConfigError, WorkerDiedError
+from rlhf_ray.errors import ConfigError, PromptError, WorkerDiedError
 from rlhf_ray.types import Probe, Prompt, Rollout
 
 
 class ScriptedEngine:
     """One token a step for every prompt, two tokens each; token ids are the version that sampled them."""
 
-    def __init__(self, *, fail: str = "") -> None:
+    def __init__(self, *, fail: str = "", nan_for: int | None = None) -> None:
         if fail == "start":
             raise ValueError("no room for the cache")
         self.fail = fail
+        self.nan_for = nan_for
         self.version = 0
         self.running: dict[int, tuple[Prompt, list[int]]] = {}
 
@@ -45,7 +47,7 @@ class ScriptedEngine:
                     Rollout(
                         prompt=prompt,
                         response_ids=tuple(tokens),
-                        rollout_logprobs=(-1.0, -2.0),
+                        rollout_logprobs=(-1.0, math.nan if prompt.prompt_id == self.nan_for else -2.0),
                         policy_versions=tuple(tokens),
                         finish_reason="length",
                         text="",
@@ -121,6 +123,15 @@ async def test_an_engine_that_fails_at_work_counts_as_a_death_for_everyone_who_w
     assert "device lost" in str(waiting[0])
     with pytest.raises(WorkerDiedError):
         await worker.generate(a_prompt(9))
+
+
+async def test_a_response_whose_log_probabilities_are_no_numbers_is_refused_and_the_others_are_handed_out() -> None:
+    worker = GeneratorWorker("generator-0", {"nan_for": 7})  # the second of prompt 3's two responses
+    pairs = [replace(a_prompt(i), completions=2) for i in range(5)]
+    answers = await asyncio.gather(*(worker.generate(prompt) for prompt in pairs), return_exceptions=True)
+    assert [isinstance(answer, PromptError) for answer in answers] == [False, False, False, True, False]
+    assert "generator-0 gave NaN or infinity as a log-probability for prompt 3" in str(answers[3])
+    await worker.close()
 
 
 async def test_an_engine_that_cannot_start_names_the_knobs() -> None:

@@ -311,11 +311,15 @@ def poisoned(name: str) -> FakeGenerator:
             r"a response to prompt 2 \('prompt 2'\) was given to 3 references and each died; .*",
         ),
         (
+            {"make_generator": lambda name: FakeGenerator(name, seconds=1.0, nan={2})},
+            r"a log-probability of prompt 2 was NaN \(fault injection\)",
+        ),
+        (
             {"scorer": FakeScorer(poison={2}), "make_reference": lambda name: FakeReference(name, seconds=1.0)},
             r"fake gave nan for prompt 2 \(fault injection\)",
         ),
     ],
-    ids=["generator", "reference", "score"],
+    ids=["generator", "reference", "log-probability", "score"],
 )
 def test_a_prompt_that_nobody_can_work_on_is_quarantined_and_a_fresh_one_takes_its_slot(
     make_run, faults: dict[str, Any], cause: str, bound: int
