@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -165,6 +167,23 @@ def free_port() -> Callable[[], int]:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
         return port
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def descendants() -> Callable[..., list[tuple[psutil.Process, str]]]:
+    """All processes below one (by default this one), each with its name and command line; those that end are left out.
+
+    Ray titles a worker ``ray::CLASS.method``.
+    """
+
+    def find(of: int | None = None) -> list[tuple[psutil.Process, str]]:
+        found = []
+        for process in psutil.Process(of).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append((process, " ".join([process.name(), *process.cmdline()])))
+        return found
 
     return find
 

@@ -135,7 +135,7 @@ async def test_a_worker_with_more_calls_than_it_takes_at_once_is_left_alone() ->
 
 
 async def test_a_stopped_process_is_taken_for_dead_and_ended() -> None:
-    client = SleeperClient.start("reference-0", hang_timeout_s=2)
+    client = SleeperClient.start("reference-0", hang_timeout_s=5)
     await client.ready()
     process = client.process
     call = asyncio.create_task(client.work(1, 600))
@@ -162,13 +162,13 @@ async def test_a_worker_that_cannot_be_asked_how_it_is_doing_is_taken_for_dead_i
 async def test_the_stacks_of_a_worker_that_makes_no_progress_name_the_function(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    client = SleeperClient.start("generator-1", hang_timeout_s=2)
+    client = SleeperClient.start("generator-1", hang_timeout_s=5)
     await client.ready()
     process = client.process
     with caplog.at_level(logging.WARNING, logger="rlhf_ray.cluster"):
         message = await death_of(asyncio.create_task(client.work(1, 600)))
     assert message.startswith("generator-1 hung while sampling (peak memory 0.")
-    assert "no progress for 2 s" in message
+    assert "no progress for 5 s" in message
     assert "in oversleep" in caplog.text
     await asyncio.to_thread(process.wait, 20)
     await client.close()

@@ -20,11 +20,11 @@ PROGRAM = """
 import faulthandler, signal, sys, time
 faulthandler.register(signal.SIGUSR1, file=2)
 def oversleep():
+    print("ready", flush=True)
     time.sleep(600)
 print(":job_id:01000000")
 for number in range(9):
     print("line", number, "x" * 300)
-print("ready", flush=True)
 oversleep()
 """
 

@@ -2,18 +2,19 @@
 
     python tests/chaos/kills.py [--kills 50] [--seed 0] [--roles generator,driver,...] [--minutes 40] [--elastic]
 
-Real vLLM, Serve and Ray on a tiny model, on a cluster of three nodes that are processes of this machine: a head with
-everything but the generators, and two nodes with one generator each. At random moments one process gets SIGKILL: of a
-generator, a reference, the reward model's replica, Serve's controller, the learner, a whole node, the driver (which is
-then resumed). The next one follows after the run is whole again, or now and then within two seconds. At the end the run
-is stopped, resumed, and finished a few steps later.
+Real vLLM, Serve and Ray on a tiny model, on a cluster of five nodes that are processes of this machine: a head, and a
+node for each of two generators, the reference, and the reward model's replica. At random moments one process gets
+SIGKILL: of a generator, the reference, the replica, a scorer that is a function, Serve's controller, one of two ranks
+of the learner, one of those four nodes as a whole, the driver (which is then resumed). The next one follows after the
+run is whole again, or now and then within two seconds. At the end the run is stopped, resumed, and finished a few steps
+later.
 
 ``--elastic`` instead scales a run from 1 generator to 3 and back to 1, and holds its ledger against that of a run with
 a fixed pool.
 
 A JSON summary is printed. The exit code is 1 unless every prompt was trained once (or stands in quarantine), nothing
-was lost, and the run went on after each kill. ``stall`` is the longest time between the ends of two steps from the kill
-until the run was whole, less the median of the run; seconds.
+was lost, nothing was staler than allowed, and the run went on after each kill. ``stall`` is the longest time between
+the ends of two steps from the kill until the run was whole, less the median of the run; seconds.
 """
 
 from __future__ import annotations
@@ -43,16 +44,20 @@ from ray.cluster_utils import Cluster
 
 import rlhf_ray
 from rlhf_ray.config import load_config
-from rlhf_ray.metrics import read_summary
+from rlhf_ray.metrics import read_lines, read_summary
 
 TITLES = {
     "generator": "ray::GeneratorWorker",
     "reference": "ray::ReferenceWorker",
     "replica": "ray::ServeReplica",
+    "scorer": "ray::ScorerWorker",
     "controller": "ray::ServeController",
     "learner": "ray::LearnerWorker",
 }
 """How Ray titles the process of a role."""
+
+WITH_A_NODE = ("generator", "reference", "replica")
+"""Each of these has a node of its own."""
 
 ROLES = (*TITLES, "node", "driver")
 
@@ -62,6 +67,9 @@ SHARE_OF_TWO = 0.15
 
 WHOLE_SECONDS = 300.0
 """A run that is not whole by then has broken its promise."""
+
+OWN_NODE = 9
+"""Of the ten cores that a node says it has."""
 
 STEPS_TO_END = 5
 FOR_EVER = 10_000_000
@@ -85,7 +93,7 @@ def main() -> int:
         models = arguments.model, arguments.reward
         if None in models:
             models = tiny_models(root)
-        with Nodes(root, workers=3 if arguments.elastic else 2) as nodes:
+        with Nodes(root, workers=3 if arguments.elastic else 4) as nodes:
             if arguments.elastic:
                 summary = _elastic(root, nodes, *models)
             else:
@@ -120,33 +128,38 @@ class Nodes:
                 process.kill()
 
     def add(self) -> None:
-        """A node that has room for one generator."""
+        """A node that has room for one of ``WITH_A_NODE``."""
         self._cluster.add_node(num_cpus=10)
 
     def of_role(self, role: str) -> list[psutil.Process]:
         """The role's processes."""
         return [p for node in self._cluster.list_all_nodes() for p in _processes(node) if _title(p, TITLES[role])]
 
-    def lose_one(self, draw: random.Random) -> bool:
-        """End all processes of a node with a generator, as if its machine were gone, and add another node; False where
-        there is none.
+    def lose_one(self, draw: random.Random) -> str | None:
+        """End all processes of a node, as if its machine were gone, and add another one.
+
+        Returns:
+            The role that had it; None where there is none that somebody had.
         """
-        nodes = [
-            node
-            for node in self._cluster.worker_nodes
-            if any(_title(p, TITLES["generator"]) for p in _processes(node))
-            and not any(_title(p, TITLES["learner"], TITLES["controller"]) for p in _processes(node))
-        ]
-        if not nodes:
-            return False
-        node = draw.choice(sorted(nodes, key=lambda node: str(node.node_id)))
+        had = [(role, node) for node in self._cluster.worker_nodes if (role := _role_of(node)) is not None]
+        if not had:
+            return None
+        role, node = draw.choice(sorted(had, key=lambda one: str(one[1].node_id)))
         processes = _processes(node)
         self._cluster.remove_node(node, allow_graceful=False)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.add()
-        return True
+        return role
+
+
+def _role_of(node: Any) -> str | None:
+    """Whose node it is; None where nobody has come yet, or what cannot be lost has gone there."""
+    there = _processes(node)
+    if any(_title(p, TITLES["learner"], TITLES["controller"]) for p in there):
+        return None
+    return next((role for role in WITH_A_NODE if any(_title(p, TITLES[role]) for p in there)), None)
 
 
 def _processes(node: Any) -> list[psutil.Process]:
@@ -171,6 +184,7 @@ class Run:
     def __init__(self, root: Path, nodes: Nodes, path: Path) -> None:
         config = load_config(path)
         self.folder, self.prompts_per_step = config.run_dir, config.ppo.prompts_per_step
+        self.max_staleness = config.ppo.max_staleness
         self.step_ends: list[tuple[float, int]] = []
         self.codes: list[int] = []
         self._root, self._nodes, self._path = root, nodes, path
@@ -272,13 +286,25 @@ def _kills(
     return _kill_summary(run, kills, number, steps, broken)
 
 
-def _config(root: Path, name: str, *models: Path, generators: int, steps: int = FOR_EVER) -> Path:
+def _config(
+    root: Path, name: str, *models: Path, generators: int, steps: int = FOR_EVER, together: bool = False
+) -> Path:
+    """The run's file, and its function beside it. ``together``: all but the generators are on the head."""
+    (root / "chaos_scorer.py").write_text(
+        "def brevity(completion_ids, **kwargs):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
+    )
     return write_config(
         root, name, *models,
-        top={},
-        generator={"count": generators, "num_cpus": 9, "max_restarts": 1000},
-        reference={"count": 1, "max_restarts": 1000},
-        learner={"lr": 1e-4, "max_restarts": 1000},
+        top={
+            "scorers": [
+                {"kind": "served", "name": "reward"},
+                {"kind": "function", "name": "brevity", "function": "chaos_scorer:brevity", "max_restarts": 1000},
+            ]
+        },
+        serve={"num_cpus": 0.25 if together else OWN_NODE},
+        generator={"count": generators, "num_cpus": OWN_NODE, "max_restarts": 1000},
+        reference={"count": 1, "num_cpus": 0.25 if together else OWN_NODE, "max_restarts": 1000},
+        learner={"ranks": 2, "lr": 1e-4, "max_restarts": 1000},
         ppo={"steps": steps, "checkpoint_every": 20, "max_prompt_tries": 10},
     )  # fmt: skip
 
@@ -286,15 +312,19 @@ def _config(root: Path, name: str, *models: Path, generators: int, steps: int = 
 def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict[str, Any]:
     """Kill one of each role, and wait until the run is whole again."""
     before = run.status()
-    old = {role: nodes.of_role(role) for role in roles if role in TITLES}
+    alive = {role: nodes.of_role(role) for role in TITLES}
+    old: dict[str, list[psutil.Process]] = {}
     began = after = time.time()
-    struck = []
+    struck, died = [], []
     for role in roles:
         if struck:
             time.sleep(draw.uniform(0, 2))
-        if _strike(run, nodes, role, draw):  # what the first kill took along, the second cannot find
+        if (dead := _strike(run, nodes, role, draw)) is not None:  # what one kill took along, the next cannot find
             struck.append(role)
+            died.append(dead)
             after = time.time()
+            if dead in alive:
+                old[dead] = alive[dead]
 
     def whole(now: dict[str, Any]) -> bool:
         """A status that was written after each role had its processes again."""
@@ -304,15 +334,15 @@ def _kill(run: Run, nodes: Nodes, roles: list[str], draw: random.Random) -> dict
             if len(there) >= len(old[role]) and there - set(old[role]):
                 after = time.time()
                 del old[role]
-        return not old and _is_whole(now) and now["at"] > after and _are_replaced(struck, before, now)
+        return not old and _is_whole(now) and now["at"] > after and _are_replaced(died, before, now)
 
     run.wait_for(whole)
     role = struck[0] if len(struck) == 1 else TWO_AT_ONCE
     return {"role": role, "roles": struck, "step": before["step"], "at": began, "seconds": time.time() - began}
 
 
-def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> bool:
-    """Kill one of a role; whether there was one."""
+def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> str | None:
+    """Kill one of a role; which role died with it, None where there was none."""
     if role == "driver":
         run.end(signal.SIGKILL)
         run.codes.pop()
@@ -322,16 +352,18 @@ def _strike(run: Run, nodes: Nodes, role: str, draw: random.Random) -> bool:
     else:
         there = sorted(nodes.of_role(role), key=lambda process: process.pid)
         if not there:
-            return False
+            return None
         draw.choice(there).kill()
-    return True
+    return role
 
 
 def _is_whole(now: dict[str, Any]) -> bool:
     pools = [now[pool] for pool in ("generators", "references") if now.get(pool)]
+    scorers = list((now.get("scorers") or {}).values())
     return (
         now.get("running", False)
         and len(pools) == 2
+        and all(pool["up"] == 1 for pool in scorers)
         and all(pool["up"] == pool["wanted"] == len(pool["workers"]) for pool in pools)
         and now["replicas"] == {"RUNNING": 1}
     )
@@ -341,8 +373,7 @@ def _are_replaced(roles: list[str], before: dict[str, Any], now: dict[str, Any])
     """Whether this status tells of a new worker where one was killed."""
     if "driver" in roles or (len(roles) > 1 and "learner" in roles):
         return bool(now["at"] > before["at"])  # all workers begin again, and count their names anew
-    names = {"generator": "generators", "node": "generators", "reference": "references"}
-    pools = [names[role] for role in roles if role in names]
+    pools = [f"{role}s" for role in roles if f"{role}s" in ("generators", "references")]
     return all({w["name"] for w in now[p]["workers"]} != {w["name"] for w in before[p]["workers"]} for p in pools)
 
 
@@ -367,6 +398,9 @@ def _promises(run: Run, steps: int) -> dict[str, Any]:
         "lost": summary.get("lost"),
         "trained_twice": summary.get("trained_twice"),
         "quarantined": given_up,
+        "within_the_staleness_bound": all(
+            row["staleness_max"] <= run.max_staleness for row in read_lines(run.folder / "metrics.jsonl")
+        ),
         "every_prompt_trained_once": len(trained) == steps * run.prompts_per_step
         and sorted(trained + given_up) == list(range(len(trained) + len(given_up))),
         "exit_codes": run.codes,
@@ -378,6 +412,7 @@ def _is_kept(promises: dict[str, Any]) -> bool:
         promises["status"] == "finished"
         and promises["lost"] == promises["trained_twice"] == 0
         and promises["every_prompt_trained_once"]
+        and promises["within_the_staleness_bound"]
         and promises["exit_codes"][-1] == 0
     )
 
@@ -409,7 +444,7 @@ def _kill_summary(
 
 
 def _elastic(root: Path, nodes: Nodes, *models: Path) -> dict[str, Any]:
-    scaled = Run(root, nodes, _config(root, "scaled", *models, generators=1))
+    scaled = Run(root, nodes, _config(root, "scaled", *models, generators=1, together=True))
     scaled.start()
     with scaled.watched():
         scaled.wait_for(lambda now: _is_whole(now) and now["step"] > 0)
@@ -422,7 +457,7 @@ def _elastic(root: Path, nodes: Nodes, *models: Path) -> dict[str, Any]:
             )
             at_steps.append(scaled.status()["step"])
         steps = _finish(scaled)
-    fixed = Run(root, nodes, _config(root, "fixed", *models, generators=1, steps=steps))
+    fixed = Run(root, nodes, _config(root, "fixed", *models, generators=1, steps=steps, together=True))
     fixed.start()
     with fixed.watched():
         fixed.end()

@@ -89,7 +89,7 @@ async def test_a_time_out_and_a_refused_connection_lead_to_another_endpoint_at_o
     slow, gone, fine = score_services(), score_services(), score_services()
     slow.replies = [30.0]
     gone.stop()
-    scorer = make(slow.url, gone.url, fine.url, timeout_seconds=0.2, first_delay=1000.0)
+    scorer = make(slow.url, gone.url, fine.url, timeout_seconds=2.0, first_delay=1000.0)
     assert (await scorer.score(rollout(3))).raw == 3
     assert (len(slow.asked), len(gone.asked), len(fine.asked)) == (1, 0, 1)
 

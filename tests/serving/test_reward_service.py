@@ -68,7 +68,7 @@ async def test_requests_under_way_share_forwards(scorer: RewardScorer, monkeypat
     batches: list[int] = []
     verdicts = scorer.verdicts
     monkeypatch.setattr(scorer, "verdicts", lambda ids: (batches.append(len(ids)), verdicts(ids))[1])
-    service = RewardService(RewardServiceArgs(model="given", batch_wait_ms=200, max_batch_size=16), scorer)
+    service = RewardService(RewardServiceArgs(model="given", batch_wait_ms=60_000, max_batch_size=16), scorer)
     batches.clear()
     request = {"prompt": "p", "responses": ["a"]}
     transport = httpx.ASGITransport(app=http_app(service))

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 import ray
 import yaml
 from ray import serve
-from ray.exceptions import ActorDiedError
+from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig
 
 from rlhf_ray.actors.scorer import RayScorers, ServedScorer, served_pool
@@ -153,24 +153,27 @@ class WatchedHandle:
             raise
 
 
-async def test_a_replica_killed_under_load_loses_no_score(served: ServedReward, scorer: RewardScorer) -> None:
+async def test_a_replica_killed_under_load_loses_no_score(
+    served: ServedReward, scorer: RewardScorer, descendants: Callable[..., list[tuple[psutil.Process, str]]]
+) -> None:
     pairs = [(prompt, response * 9) for prompt, response in texts(400)]
     expected = [score.raw for score in scorer.score_texts(*zip(*pairs, strict=True))]
     handle = WatchedHandle(served.handle)
     pool = served_pool(handle, name="reward", max_prompt_tries=3)
     rollouts = [rollout_of(scorer, prompt, response) for prompt, response in pairs]
-    (name,) = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "SERVE_REPLICA" in n["name"]]
-    replica = ray.get_actor(name, namespace="serve")
     async with RayScorers(WeightedScorer({"reward": (1.0, pool)}), [pool], []).running():
         scoring = [asyncio.create_task(pool.score(rollout)) for rollout in rollouts]
         answered = asyncio.as_completed(scoring)
         for _ in range(64):  # by then many more have reached it
             await next(answered)
-        ray.kill(replica)
+        (process,) = (process for process, title in descendants() if title.startswith("ray::ServeReplica"))
+        process.suspend()
+        await asyncio.sleep(0.5)  # so that calls are with it when it dies
+        process.kill()
         scores = await asyncio.gather(*scoring)
     assert [score.raw for score in scores] == pytest.approx(expected, abs=1e-5)
     # These calls the replica had taken when it died; what waited at the caller goes to the next one without a word.
-    died_with_it = [error for error in handle.failures if isinstance(error, ActorDiedError)]
+    died_with_it = [error for error in handle.failures if isinstance(error, RayActorError)]
     assert died_with_it
 
 
@@ -306,7 +309,7 @@ def test_a_port_that_is_taken_is_refused_by_its_key(monkeypatch: pytest.MonkeyPa
 
 
 def test_serving_until_ctrl_c_prints_how_to_call_it_and_leaves_no_process(
-    tiny_reward_dir: Path, ray_temp_dir: Path
+    tiny_reward_dir: Path, ray_temp_dir: Path, descendants: Callable[..., list[tuple[psutil.Process, str]]]
 ) -> None:
     program = f"""
 from pathlib import Path
@@ -328,8 +331,8 @@ serve_forever(config.serve, Path({str(tiny_reward_dir)!r}), announce=lambda line
             assert httpx.get(f"{url}/readyz").status_code == 200
             assert f"curl -s {url}/v1/score" in try_it
             assert last == "Ctrl-C ends it\n"
-            started = psutil.Process(process.pid).children(recursive=True)
-            assert any("ServeReplica" in " ".join(child.cmdline()) for child in started)
+            started, titles = zip(*descendants(process.pid), strict=True)
+            assert any("ServeReplica" in title for title in titles)
             process.send_signal(signal.SIGINT)
             assert process.stdout.read() == "stopping\n"
             assert process.wait(60) == 0

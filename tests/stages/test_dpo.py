@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,10 @@ def test_more_than_the_cluster_has_is_refused(cluster: None, tmp_path: Path, tin
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process_and_resume_ends_in_the_policy(
-    tmp_path: Path, tiny_model_dir: Path, ray_temp_dir: Path
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    ray_temp_dir: Path,
+    descendants: Callable[..., list[tuple[psutil.Process, str]]],
 ) -> None:
     config = a_run(tmp_path, tiny_model_dir, save_steps=10, epochs=40, lr=1e-4)
     written = config.model_dump(mode="json")
@@ -151,8 +154,8 @@ def test_ctrl_c_leaves_no_process_and_resume_ends_in_the_policy(
                 seen.append(line)
                 if "optimiser steps" in line and marked_checkpoints(config.run_dir / "dpo.checkpoints"):
                     break
-            started = psutil.Process(process.pid).children(recursive=True)
-            assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in started), seen
+            started, titles = zip(*descendants(process.pid), strict=True)
+            assert any("RayTrainWorker" in title for title in titles), seen
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130, process.stdout.read()
         finally:

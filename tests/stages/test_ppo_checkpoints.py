@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,12 @@ def checkpoints_of(root: Path, learner: Any, keep: int = 2) -> RunCheckpoints:
     return RunCheckpoints(root, learner, identity={"seed": 0}, keep=keep)
 
 
-def processes_that_write() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Writer")]
+async def the_process_that_writes(descendants: Callable[..., list[tuple[psutil.Process, str]]]) -> psutil.Process:
+    """Once those that wrote before have ended."""
+    async with asyncio.timeout(20):
+        while len(there := [process for process, title in descendants() if title.startswith("ray::_Writer")]) != 1:
+            await asyncio.sleep(0.1)
+    return there[0]
 
 
 def node_of(actor: Any) -> str:
@@ -124,16 +128,19 @@ async def test_what_waits_for_the_learner_comes_back_as_refs_of_the_same_values(
         assert after.experiences[0].score == before.experiences[0].score
         assert await after.experiences[0].rollout == rollout
         assert (await after.experiences[0].ref_logprobs == await before.experiences[0].ref_logprobs).all()
+    await checkpoints.close()
 
 
-async def test_the_process_that_writes_what_waits_may_die_and_the_next_checkpoint_is_whole(tmp_path: Path) -> None:
+async def test_the_process_that_writes_what_waits_may_die_and_the_next_checkpoint_is_whole(
+    tmp_path: Path, descendants: Callable[..., list[tuple[psutil.Process, str]]]
+) -> None:
     checkpoints = checkpoints_of(tmp_path, FakeLearner())
     prompts, _ = await scored_prompts(3)
     written_by = []
     for step in (1, 2):
         await checkpoints.begin(step, {"step": step}, prompts)
         assert await checkpoints.end(wait=True)
-        (process,) = processes_that_write()
+        process = await the_process_that_writes(descendants)
         written_by.append(process.pid)
         process.kill()
     assert written_by[0] != written_by[1]
@@ -141,12 +148,14 @@ async def test_the_process_that_writes_what_waits_may_die_and_the_next_checkpoin
     await checkpoints.close()
 
 
-async def test_the_process_that_writes_what_waits_may_die_while_it_writes(tmp_path: Path) -> None:
+async def test_the_process_that_writes_what_waits_may_die_while_it_writes(
+    tmp_path: Path, descendants: Callable[..., list[tuple[psutil.Process, str]]]
+) -> None:
     checkpoints = checkpoints_of(tmp_path, FakeLearner())
     prompts, _ = await scored_prompts(3)
     await checkpoints.begin(1, {"step": 1}, prompts)
     assert await checkpoints.end(wait=True)
-    (process,) = processes_that_write()
+    process = await the_process_that_writes(descendants)
     process.suspend()
     await checkpoints.begin(2, {"step": 2}, prompts)
     await asyncio.sleep(0.5)

@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,10 @@ def test_resuming_another_training_is_refused_with_what_differs(tmp_path: Path, 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_newest_checkpoint(
-    tmp_path: Path, tiny_model_dir: Path, ray_temp_dir: Path
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    ray_temp_dir: Path,
+    descendants: Callable[..., list[tuple[psutil.Process, str]]],
 ) -> None:
     config = a_run(tmp_path, tiny_model_dir, **RESUMABLE)
     written = config.model_dump(mode="json")
@@ -287,15 +290,15 @@ def test_ctrl_c_leaves_no_process_and_resume_goes_on_from_the_newest_checkpoint(
                 seen.append(line)
                 if "optimiser steps" in line and marked_checkpoints(checkpoints):
                     break
-            started = psutil.Process(process.pid).children(recursive=True)
-            assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in started), seen
+            started, titles = zip(*descendants(process.pid), strict=True)
+            assert any("RayTrainWorker" in title for title in titles), seen
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130, process.stdout.read()
         finally:
             process.kill()
     _, left = psutil.wait_procs(started, timeout=30)
     assert left == []
-    assert len(list(checkpoints.glob("step-*/COMPLETE"))) == 1
+    assert len(list(checkpoints.glob("step-*/COMPLETE"))) in (1, 2), "the older one goes once the newer is marked"
     assert {path.name for path in config.run_dir.iterdir() if path.name.startswith(".")} == {".lock"}
 
     refused = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
