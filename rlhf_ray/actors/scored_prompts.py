@@ -37,17 +37,21 @@ class ScoredPromptsWriter:
         if not experiences:
             await asyncio.to_thread(save_scored, folder, [], [], [])
             return
-        if self._actor is None:
-            self._actor = _WRITER.options(scheduling_strategy=_here()).remote()
-        try:
-            await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
-        except ObjectLostError as error:
-            raise DataLostError("a scored response went with the node that held it") from error
-        except RayTaskError as error:
-            raise_own(error)
-            raise
-        except RayError as error:
-            raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error
+        for is_last in (False, True):
+            if self._actor is None:
+                self._actor = _WRITER.options(scheduling_strategy=_here()).remote()
+            try:
+                await self._actor.save.remote(str(folder), [without_refs(prompt) for prompt in prompts], *opened)
+                return
+            except ObjectLostError as error:
+                raise DataLostError("a scored response went with the node that held it") from error
+            except RayTaskError as error:
+                raise_own(error)
+                raise
+            except RayError as error:  # Ray has given this actor up, as where a node that has just come was asked first
+                self._actor = None
+                if is_last:
+                    raise CheckpointError(f"{folder} could not be written: its process ended ({error})") from error
 
     def close(self) -> None:
         """End the process."""

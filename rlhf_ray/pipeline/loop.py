@@ -181,6 +181,10 @@ class Pipeline:
         self._stopping = True
         self._buffer.end()
 
+    def may_stand_still(self, may: bool) -> None:
+        """Whether something that is none of the pools' workers is being started, and nothing moving is no hang."""
+        self._watchdog.is_asked_to_wait = may
+
     async def _feed(self, tasks: asyncio.TaskGroup) -> None:
         needed = self._config.steps * self._config.prompts_per_step - self._ledger.past_sampling()
         for _ in range(needed):

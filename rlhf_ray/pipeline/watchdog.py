@@ -39,6 +39,9 @@ class Watchdog:
             hangs, unless a worker is at work.
         pools: those that are watched excuse it while a worker works, or while all of them start or wait for a place.
         state: of the run, JSON-ready; it goes to the log with the stacks of all tasks.
+
+    Attributes:
+        is_asked_to_wait: what the loop needs is being started elsewhere; it is excused.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._between_looks = (timeout_s + HEAD_START_SECONDS) / LOOKS
         self._state = state
+        self.is_asked_to_wait = False
 
     async def watch(self) -> NoReturn:
         """Look again and again.
@@ -69,7 +73,7 @@ class Watchdog:
         raise self._hang()
 
     def _is_excused(self) -> bool:
-        if any(stage in self._occupancy.under_way() for stage in OF_THE_LEARNER):
+        if self.is_asked_to_wait or any(stage in self._occupancy.under_way() for stage in OF_THE_LEARNER):
             return True
         return any(pool.is_watched and _works_or_starts(pool) for pool in self._pools)
 

@@ -31,7 +31,7 @@ from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.cluster import check_resources, connected, wait_ready, worker_needs
 from rlhf_ray.config import RESOLVED_FILE, PoolSection, RunConfig, save_resolved
 from rlhf_ray.data.prompts import PromptStream
-from rlhf_ray.errors import ConfigError, DataLostError, LearnerDiedError, ModelError
+from rlhf_ray.errors import ConfigError, DataLostError, HangError, LearnerDiedError, ModelError
 from rlhf_ray.metrics import MetricsWriter, read_summary, status_kept, write_summary
 from rlhf_ray.models.reward import check_reward_folder, model_version
 from rlhf_ray.pipeline.loop import Pipeline, quarantined
@@ -297,6 +297,8 @@ async def _train(run: _Run, workers: Workers, start: _Start) -> RunSummary:
             with _stop_on_ctrl_c(pipeline, run.stop_wished):
                 async with steering.kept():
                     summary = await pipeline.run()
+        except HangError as error:
+            raise HangError(f"{error}{steering.word_of_serve()}") from error
         finally:
             run.deaths.update(pipeline.deaths())
             await checkpoints.close()

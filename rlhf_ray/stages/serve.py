@@ -13,8 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,11 @@ SERVICE_FILE = Path("control") / "service.json"
 """In a run's folder while the run serves its reward model: which application, and on which cluster."""
 
 FAILED_START = "A replica failed to start with exception"
-"""Serve's word on a replica before it tries once more: with the same model, and the same result."""
+"""Serve's word on a replica before it tries once more."""
+
+OF_A_DEATH = ("ActorDiedError", "ActorUnavailableError")
+"""In that word: the replica was killed, or went with its node, and the next one may start well. Any other error comes
+again with the same model."""
 
 HEARSAY_SECONDS = 5.0
 """Ray knows of a driver's end by then."""
@@ -162,13 +166,27 @@ def stop_service(name: str) -> None:
         log.warning("the reward service %s is still being deleted: %s", name, error)
 
 
-def replica_states(name: str) -> dict[str, int]:
-    """Serve's word for a state of replicas, such as RUNNING → how many of the application's are in it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replicas:
+    """What Serve says of an application's replicas."""
+
+    states: Mapping[str, int] = field(default_factory=dict)
+    """Serve's word for a state, such as RUNNING → how many are in it."""
+    message: str = ""
+
+    @property
+    def are_coming(self) -> bool:
+        """Nobody is up yet, and Serve knows of nobody that failed to start: they wait for a place, or load."""
+        return bool(self.states) and "RUNNING" not in self.states and FAILED_START not in self.message
+
+
+def replicas_of(name: str) -> Replicas:
+    """Ask Serve."""
     application = serve.status().applications.get(name)
     states: Counter[str] = Counter()
     for deployment in application.deployments.values() if application else ():
         states.update({str(state): n for state, n in deployment.replica_states.items()})
-    return dict(states)
+    return Replicas(states=states, message=_message(application))
 
 
 def serve_forever(
@@ -311,8 +329,9 @@ def _wait_until_running(name: str) -> None:
             return
         waited = time.monotonic() - began
         message = _message(application)
-        has_failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY) or FAILED_START in message
-        if has_failed or waited > START_LIMIT_SECONDS:
+        has_failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+        would_fail_again = FAILED_START in message and not any(word in message for word in OF_A_DEATH)
+        if has_failed or would_fail_again or waited > START_LIMIT_SECONDS:
             raise ScorerError(f"the reward service did not start ({status.value} after {waited:.0f} s): {message}")
         if time.monotonic() - said > WAIT_NOTICE_SECONDS:
             said = time.monotonic()

@@ -31,7 +31,7 @@ from rlhf_ray.pipeline.groups import task_group
 from rlhf_ray.pipeline.loop import Pipeline
 from rlhf_ray.pipeline.workers import WorkerPool, WorkerState
 from rlhf_ray.stages.live import POOLS, SCALE_FILE, refusal_of
-from rlhf_ray.stages.serve import replica_states
+from rlhf_ray.stages.serve import Replicas, replicas_of
 
 log = logging.getLogger("rlhf_ray.ppo")
 
@@ -111,8 +111,8 @@ class Steering:
         self._pools = pools
         self._service = service
         self._taken: dict[str, Any] = {}
-        self._replicas: dict[str, int] = {}
-        self._look_at_replicas: asyncio.Task[dict[str, int]] | None = None
+        self._replicas = Replicas()
+        self._look_at_replicas: asyncio.Task[Replicas] | None = None
         self._starved = 0
         """Ticks in a row in which a pool had nobody and no place."""
         self._over = asyncio.Event()
@@ -137,6 +137,12 @@ class Steering:
                     ask_autoscaler([])
             except PASSING as error:  # the run's own outcome must not be hidden behind it
                 log.warning("the run's last status was not written, or its request to the autoscaler stands: %s", error)
+
+    def word_of_serve(self) -> str:
+        """On a reward model that nobody serves, to be added to what is said of a run that stands still."""
+        if self._service is None or "RUNNING" in self._replicas.states:
+            return ""
+        return f". The reward model has no replica that is up; Ray Serve says: {self._replicas.message or 'nothing'}"
 
     async def _keep(self) -> None:
         tick = 0
@@ -219,16 +225,22 @@ class Steering:
                 return
 
     async def _see_replicas(self, service: str) -> None:
-        """Serve's word on the replicas; none where it does not answer. A question stays open for as long as it may."""
+        """Serve's word on the replicas; none where it does not answer. A question stays open for as long as it may.
+
+        A run may stand still while its replicas wait for a place or load, as while its workers do.
+        """
         if self._look_at_replicas is None:
-            self._look_at_replicas = asyncio.create_task(asyncio.to_thread(replica_states, service))
+            self._look_at_replicas = asyncio.create_task(asyncio.to_thread(replicas_of, service))
         answered, _ = await asyncio.wait({self._look_at_replicas}, timeout=SERVE_SECONDS)
-        if not answered:
-            self._replicas = {}
-            log.warning("Ray Serve says nothing of the reward model's replicas")
-            return
-        look, self._look_at_replicas = self._look_at_replicas, None
-        self._replicas = look.result()
+        self._replicas = Replicas()
+        try:
+            if answered:
+                look, self._look_at_replicas = self._look_at_replicas, None
+                self._replicas = look.result()
+            else:
+                log.warning("Ray Serve says nothing of the reward model's replicas")
+        finally:
+            self._pipeline.may_stand_still(self._replicas.are_coming)
 
     def _need(self, name: str) -> Need:
         section = name.removesuffix("s")
@@ -247,7 +259,7 @@ class Steering:
             "at": time.time(),
             "ended": False,
             **status,
-            "replicas": self._replicas,
+            "replicas": dict(self._replicas.states),
             "scale": self._taken or None,
         }
 

@@ -69,6 +69,25 @@ def test_a_learner_that_is_found_out_over_a_checkpoint_is_told_as_such(make_run)
         run.go()
 
 
+def test_a_loop_that_waits_for_what_is_being_started_elsewhere_is_no_hang_until_that_is_over(make_run) -> None:
+    class Away(FakeScorer):
+        async def score(self, rollout):
+            run.pipeline.may_stand_still(True)
+            await asyncio.sleep(5000.0)
+            run.pipeline.may_stand_still(False)
+            await asyncio.sleep(self.after)
+            return await super().score(rollout)
+
+    scorer = Away()
+    scorer.after = 0.0
+    run = make_run(scorer=scorer, ppo={"steps": 2})
+    assert run.go().status == "finished"
+    scorer.after = FOR_EVER
+    run = make_run(scorer=scorer, ppo={"steps": 2})
+    with pytest.raises(HangError, match="hangs in score"):
+        run.go()
+
+
 @pytest.mark.parametrize(
     "slow",
     [

@@ -86,7 +86,7 @@ def checkpoints_of(root: Path, learner: Any, keep: int = 2) -> RunCheckpoints:
 async def the_process_that_writes(descendants: Callable[..., list[tuple[psutil.Process, str]]]) -> psutil.Process:
     """Once those that wrote before have ended."""
     async with asyncio.timeout(20):
-        while len(there := [process for process, title in descendants() if title.startswith("ray::_Writer")]) != 1:
+        while len(there := [p for p, title in descendants() if title.startswith("ray::_Writer")]) != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return there[0]
 

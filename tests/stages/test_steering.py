@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import RayServeException
 
 from rlhf_ray.config import RunConfig
 from rlhf_ray.pipeline.workers import WorkerState
 from rlhf_ray.stages import steering
+from rlhf_ray.stages.serve import FAILED_START, Replicas
 from rlhf_ray.stages.steering import STARVED_TICKS, ElasticPool, Steering
 
 
@@ -41,8 +44,14 @@ class Pool:
 
 
 class Loop:
+    def __init__(self) -> None:
+        self.waits: list[bool] = []
+
     def status(self) -> dict[str, Any]:
         return {"generators": {}, "references": {}}
+
+    def may_stand_still(self, may: bool) -> None:
+        self.waits.append(may)
 
 
 @pytest.fixture
@@ -110,18 +119,50 @@ def test_a_pool_that_waits_while_it_has_somebody_takes_nothing(config: RunConfig
     assert (generators.wanted, references.wanted) == (3, 2)
 
 
+FAILED = f"{FAILED_START}. Retrying. Error: no room for the model"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "waits", "word"),
+    [
+        (Replicas(states={"RUNNING": 1}), False, ""),
+        (Replicas(states={"RUNNING": 1, "STARTING": 1}), False, ""),
+        (Replicas(states={"STARTING": 1}), True, "no replica that is up; Ray Serve says: nothing"),
+        (Replicas(states={"STARTING": 1}, message=FAILED), False, "Error: no room for the model"),
+        (Replicas(), False, "no replica that is up; Ray Serve says: nothing"),
+        (RayServeException("no controller"), False, "no replica that is up; Ray Serve says: nothing"),
+    ],
+    ids=["up", "one is up", "starting", "fails to start", "unknown", "no controller"],
+)
+async def test_a_run_may_stand_still_while_its_replicas_start_and_else_serve_is_quoted(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, replicas: Replicas | Exception, waits: bool, word: str
+) -> None:
+    def replicas_of(service: str) -> Replicas:
+        if isinstance(replicas, Exception):
+            raise replicas
+        return replicas
+
+    monkeypatch.setattr(steering, "replicas_of", replicas_of)
+    steers = steered(config, service="scores", generators=Pool(up=1, wanted=1))
+    with contextlib.suppress(RayServeException):
+        await steers._see_replicas("scores")
+    assert steers._pipeline.waits == [waits]  # type: ignore[attr-defined]
+    assert steers.word_of_serve().endswith(word)
+    assert steered(config).word_of_serve() == ""
+
+
 async def test_while_serve_does_not_answer_the_status_is_kept_without_the_replicas(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answer = [], threading.Event()
 
-    def replica_states(service: str) -> dict[str, int]:
+    def replicas_of(service: str) -> Replicas:
         asked.append(service)
         if len(asked) == 2:
             answer.wait()
-        return {"RUNNING": len(asked)}
+        return Replicas(states={"RUNNING": len(asked)})
 
-    monkeypatch.setattr(steering, "replica_states", replica_states)
+    monkeypatch.setattr(steering, "replicas_of", replicas_of)
     monkeypatch.setattr(steering, "SERVE_SECONDS", 0.05)
     monkeypatch.setattr(steering, "TICK_SECONDS", 0.01)
     steers = steered(config, service="scores", generators=Pool(up=1, wanted=1))
