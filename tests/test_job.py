@@ -79,10 +79,17 @@ def test_ppo_runs_as_a_submitted_job_and_leaves_no_actor_behind(
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    logs = submit(dashboard, str(Path(sys.executable).with_name("rlhf-ray")), "ppo", "--config", str(file))
+    command = [str(Path(sys.executable).with_name("rlhf-ray")), "ppo", "--config", str(file), "--resume"]
+    logs = submit(dashboard, *command)
     assert "step 1/1" in logs
     alive = list_actors(address=dashboard, filters=[("state", "=", "ALIVE")])
     assert not {a.class_name for a in alive} & {"GeneratorWorker", "LearnerWorker", "ReferenceWorker"}
     assert serve.status().applications == {}, "the job deletes the application that it started"
     summary = json.loads((tmp_path / "runs" / "job" / "summary.json").read_text())
     assert (summary["status"], summary["samples"], summary["lost"]) == ("finished", 4, 0)
+
+    logs = submit(dashboard, *command, "--set", "ppo.steps=2")
+    assert "step 2/2" in logs, "the job submitted again goes on"
+    assert "step 1/2" not in logs
+    summary = json.loads((tmp_path / "runs" / "job" / "summary.json").read_text())
+    assert (summary["steps"], summary["lost"], summary["trained_twice"]) == (2, 0, 0)
