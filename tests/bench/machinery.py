@@ -91,6 +91,13 @@ class Switch:
             (Pipeline, "_begin_save"),
         ):
             setattr(owner, method, self._switched(getattr(owner, method), waits=method != "_begin_save"))
+        stop = Pipeline.request_stop
+
+        def stop_with_all_on(pipeline: Pipeline) -> None:
+            self.turn(on=True)  # what waits for it would never end
+            stop(pipeline)
+
+        setattr(Pipeline, "request_stop", stop_with_all_on)  # noqa: B010 (a plain assignment is an error to mypy)
 
     def _switched(self, work: Callable[..., Any], *, waits: bool) -> Callable[..., Any]:
         """Work that is left out while the switch is off; for good, or until it is on again."""
