@@ -68,7 +68,7 @@ class MetricsWriter:
                     events.add_scalar(f"{name.partition('_')[0]}/{name}", value, step)
             events.flush()
         except OSError as error:
-            self._events = None  # its thread has ended: the next step gets another
+            self._events, self._purge_step = None, step + 1  # its thread has ended: the next step gets another
             log.error("TensorBoard will lack step %d: %s", step, error)
 
     def quarantine(self, row: Mapping[str, Any]) -> None:

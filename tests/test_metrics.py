@@ -102,20 +102,28 @@ def largest_file(size: int) -> Iterator[None]:
 def test_what_a_full_disk_does_not_take_is_said_and_written_with_the_next_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
 ) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     with MetricsWriter(tmp_path) as writer:
-        writer.write({"step": 1}, [{"response": "one"}])
+        writer.write({"step": 1, "kl": 0.1}, [{"response": "one"}])
+    with MetricsWriter(tmp_path, resume_step=1) as writer:
+        writer.write({"step": 2, "kl": 0.2}, [{"response": "two"}])
         writer.quarantine({"prompt_id": 7})
         lines = (tmp_path / "metrics.jsonl").stat().st_size
         with largest_file(lines + room):
-            for step in (2, 3, 4):
-                writer.write({"step": step, "kl": 0.1}, [{"response": "the next one"}])
+            for step in (3, 4, 5):
+                writer.write({"step": step, "kl": 0.3}, [{"response": "the next one"}])
             writer.quarantine({"prompt_id": 8})
         assert f"a row of {tmp_path / 'metrics.jsonl'} is kept and written with the next one" in caplog.text
-        assert steps(tmp_path / "metrics.jsonl") != [1, 2, 3, 4]
-        writer.write({"step": 5}, [{"response": "five"}])
+        assert steps(tmp_path / "metrics.jsonl") != [1, 2, 3, 4, 5]
+        writer.write({"step": 6, "kl": 0.6}, [{"response": "six"}])
     for name in ("metrics.jsonl", "samples.jsonl"):
-        assert steps(tmp_path / name) == [1, 2, 3, 4, 5]
+        assert steps(tmp_path / name) == [1, 2, 3, 4, 5, 6]
     assert [row["prompt_id"] for row in read_lines(tmp_path / "quarantine.jsonl")] == [7, 8]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    seen = [event.step for event in events.Scalars("kl/kl")]
+    assert {1, 2, 6} <= set(seen), "what TensorBoard had before stays"
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

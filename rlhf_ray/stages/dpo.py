@@ -20,6 +20,7 @@ from rlhf_ray.stages.training import (
     checkpoints_folder,
     identity,
     policy_training,
+    refuse_anothers,
     refuse_policy,
 )
 from rlhf_ray.stages.training_data import Comparison, load_comparisons
@@ -69,6 +70,8 @@ def train_dpo(config: RunConfig, on_progress: OnProgress | None = None, *, resum
     """
     began = time.monotonic()
     refuse_policy(config)
+    if resume:
+        refuse_anothers(config.run_dir, "dpo")
     prepared = prepare(config)
     config, section = prepared.config, prepared.config.dpo
     sides = load_comparisons(config, section, prepared.tokenizer)

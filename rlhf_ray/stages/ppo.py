@@ -49,6 +49,7 @@ from rlhf_ray.stages.prepare import (
 )
 from rlhf_ray.stages.serve import ServedReward, served_reward, sole_owner
 from rlhf_ray.stages.steering import ElasticPool, Steering
+from rlhf_ray.stages.training import refuse_anothers
 
 log = logging.getLogger("rlhf_ray.ppo")
 
@@ -188,6 +189,7 @@ def _find_start(config: RunConfig, resume: bool, identity: Mapping[str, Any]) ->
         return _Start()
     start = _newest_start(config, identity)
     if start.folder is None:
+        refuse_anothers(config.run_dir, "ppo")
         log.warning("--resume: there is no checkpoint in %s yet; beginning at the first step", root)
     is_finished = read_summary(config.run_dir).get("status") == "finished"
     if start.step > config.ppo.steps or (start.step == config.ppo.steps and is_finished):

@@ -17,6 +17,7 @@ from rlhf_ray.stages.training import (
     checkpoints_folder,
     identity,
     policy_training,
+    refuse_anothers,
     refuse_policy,
 )
 from rlhf_ray.stages.training_data import load_sft_data
@@ -65,6 +66,8 @@ def train_sft(config: RunConfig, on_progress: OnProgress | None = None, *, resum
     """
     began = time.monotonic()
     refuse_policy(config)
+    if resume:
+        refuse_anothers(config.run_dir, "sft")
     prepared = prepare(config)
     config, section = prepared.config, prepared.config.sft
     data = load_sft_data(config, section, prepared.tokenizer)

@@ -142,6 +142,8 @@ class Steering:
         """On a reward model that nobody serves, to be added to what is said of a run that stands still."""
         if self._service is None or "RUNNING" in self._replicas.states:
             return ""
+        if not self._replicas.states:
+            return ". Ray Serve says nothing of the reward model"
         return f". The reward model has no replica that is up; Ray Serve says: {self._replicas.message or 'nothing'}"
 
     async def _keep(self) -> None:
@@ -158,6 +160,7 @@ class Steering:
                         await self._see_replicas(self._service)
                     await asyncio.to_thread(self._write, self._status())
             except PASSING as error:
+                self._pipeline.may_stand_still(False)  # what was seen of the replicas may be old
                 log.warning("the run's status could not be kept this time: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), TICK_SECONDS)

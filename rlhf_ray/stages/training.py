@@ -17,12 +17,15 @@ from typing import Any
 from rlhf_ray.checkpoint import latest_checkpoint, marked_checkpoints, replaced_folder, set_aside_after
 from rlhf_ray.config import RunConfig, TrainerConfig
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.metrics import MetricsWriter, status_kept
+from rlhf_ray.metrics import METRICS_FILE, MetricsWriter, read_lines, status_kept
 from rlhf_ray.roles.trainer_checkpoints import IDENTITY_FILE
 
 log = logging.getLogger("rlhf_ray.train")
 
 OnProgress = Callable[[Mapping[str, float]], None]
+
+_CHECKPOINTS = {"ppo": "checkpoints", "sft": "sft.checkpoints", "dpo": "dpo.checkpoints"}
+"""Of those that train a policy, in the run's folder."""
 
 _MAY_CHANGE = {"data", "holdout", "on_bad_row", "min_accuracy", "max_length", "save_steps"} | {
     "num_workers",
@@ -98,6 +101,31 @@ def refuse_policy(config: RunConfig) -> None:
     """
     if (folder := config.run_dir / "policy").exists():
         raise ConfigError(f"{folder} already holds a policy; remove it, or choose another name or output_dir")
+
+
+def refuse_anothers(run_dir: Path, stage: str) -> None:
+    """A training of the policy that is resumed where it has no checkpoint yet takes the place of its own try alone.
+
+    Args:
+        stage: "ppo", "sft" or "dpo".
+
+    Raises:
+        ConfigError: another one has left checkpoints or metrics.
+    """
+    if marked_checkpoints(run_dir / _CHECKPOINTS[stage]):
+        return
+    trainers = {name for name, folder in _CHECKPOINTS.items() if marked_checkpoints(run_dir / folder)}
+    trainers |= {_trainer_of(row) for row in read_lines(run_dir / METRICS_FILE)}
+    if others := trainers - {stage}:
+        raise ConfigError(
+            f"--resume: {run_dir} holds what {' and '.join(sorted(others))} has left, and no checkpoint of {stage}; "
+            "choose another name, or delete it with --overwrite"
+        )
+
+
+def _trainer_of(row: Mapping[str, Any]) -> str:
+    """Whose row of metrics it is."""
+    return next((name for name in ("sft", "dpo") if f"{name}_loss" in row), "ppo")
 
 
 @contextmanager

@@ -165,6 +165,17 @@ async def test_the_process_that_writes_what_waits_may_die_while_it_writes(
     await checkpoints.close()
 
 
+async def test_a_writer_that_ray_does_not_start_again_is_replaced(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path, FakeLearner())
+    prompts, _ = await scored_prompts(3)
+    for step in (1, 2):
+        await checkpoints.begin(step, {"step": step}, prompts)
+        assert await checkpoints.end(wait=True)
+        ray.kill(checkpoints._writer._actor)
+    assert len(load_scored_refs(tmp_path / "step-000002" / "scored")) == 3
+    await checkpoints.close()
+
+
 async def test_what_waits_is_written_on_the_node_whose_disk_it_is(tmp_path: Path) -> None:
     here = ray.get_runtime_context().get_node_id()
     prompts, _ = await scored_prompts(1)

@@ -129,8 +129,8 @@ FAILED = f"{FAILED_START}. Retrying. Error: no room for the model"
         (Replicas(states={"RUNNING": 1, "STARTING": 1}), False, ""),
         (Replicas(states={"STARTING": 1}), True, "no replica that is up; Ray Serve says: nothing"),
         (Replicas(states={"STARTING": 1}, message=FAILED), False, "Error: no room for the model"),
-        (Replicas(), False, "no replica that is up; Ray Serve says: nothing"),
-        (RayServeException("no controller"), False, "no replica that is up; Ray Serve says: nothing"),
+        (Replicas(), False, ". Ray Serve says nothing of the reward model"),
+        (RayServeException("no controller"), False, ". Ray Serve says nothing of the reward model"),
     ],
     ids=["up", "one is up", "starting", "fails to start", "unknown", "no controller"],
 )
@@ -148,6 +148,7 @@ async def test_a_run_may_stand_still_while_its_replicas_start_and_else_serve_is_
         await steers._see_replicas("scores")
     assert steers._pipeline.waits == [waits]  # type: ignore[attr-defined]
     assert steers.word_of_serve().endswith(word)
+    assert bool(steers.word_of_serve()) == bool(word)
     assert steered(config).word_of_serve() == ""
 
 

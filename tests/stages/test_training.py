@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.checkpoint import mark_complete
 from rlhf_ray.config import RunConfig
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.metrics import MetricsWriter, read_lines
-from rlhf_ray.stages.training import check_start, policy_training
+from rlhf_ray.stages.training import check_start, policy_training, refuse_anothers
 
 
 @pytest.fixture
@@ -33,6 +35,37 @@ def test_one_that_was_cut_short_before_its_first_checkpoint_begins_again(
         assert check_start(tmp_path / "sft.checkpoints", {}, resume=True) == 0
     assert "there is no checkpoint in" in caplog.text
     assert "beginning at the first step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("left", "others"),
+    [
+        ({}, None),
+        ({"metrics": "sft_loss"}, None),
+        ({"checkpoints": "sft.checkpoints", "metrics": "dpo_loss"}, None),
+        ({"checkpoints": "reward.checkpoints"}, None),
+        ({"metrics": "kl"}, "ppo"),
+        ({"metrics": "dpo_loss"}, "dpo"),
+        ({"checkpoints": "checkpoints", "metrics": "dpo_loss"}, "dpo and ppo"),
+    ],
+)
+def test_what_another_trainer_has_left_is_not_taken_for_an_earlier_try(
+    tmp_path: Path, left: dict[str, str], others: str | None
+) -> None:
+    if "checkpoints" in left:
+        folder = tmp_path / left["checkpoints"] / "step-000010"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        mark_complete(folder)
+    if "metrics" in left:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, left["metrics"]: 0.5}) + "\n")
+    if others is None:
+        refuse_anothers(tmp_path, "sft")
+    else:
+        with pytest.raises(
+            ConfigError, match=f"holds what {others} has left, and no checkpoint of sft; choose another"
+        ):
+            refuse_anothers(tmp_path, "sft")
 
 
 @pytest.mark.parametrize(("start", "steps"), [(0, [1]), (2, [1, 2, 3]), (None, [1, 2, 3, 4, 1])])
