@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -239,24 +238,16 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_have_the_next_ones_p
 # A full disk
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("tensors", "state"),
     [({"weight": torch.zeros(4096)}, STATE), ({}, {"long": "x" * 10_000})],
     ids=["tensors", "state"],
 )
 def test_a_disk_that_takes_no_more_is_named_with_the_remedy_and_nothing_half_written_is_left(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], state: dict[str, object]
+    tmp_path: Path,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, object],
+    largest_file: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     save_checkpoint(tmp_path / "c", tensors={}, state=STATE)
     with largest_file(4096), pytest.raises(CheckpointError) as caught:
@@ -267,7 +258,9 @@ def test_a_disk_that_takes_no_more_is_named_with_the_remedy_and_nothing_half_wri
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_marker_that_cannot_be_written_leaves_the_folder_unmarked(tmp_path: Path) -> None:
+def test_a_marker_that_cannot_be_written_leaves_the_folder_unmarked(
+    tmp_path: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "state.json").write_text("{}")
     with largest_file(10), pytest.raises(CheckpointError, match="could not be written"):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -86,21 +85,13 @@ def test_tensorboard_reads_the_scalars_back_and_a_resume_replaces_the_later_ones
     assert [(e.step, e.value) for e in events.Scalars("score/score_mean")] == [(1, 10.0), (2, 20.0), (3, 33.0)]
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 @pytest.mark.parametrize("room", [0, 5, 30])
 def test_what_a_full_disk_does_not_take_is_said_and_written_with_the_next_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    largest_file: Callable[[int], AbstractContextManager[None]],
+    room: int,
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -126,7 +117,9 @@ def test_what_a_full_disk_does_not_take_is_said_and_written_with_the_next_step(
     assert {1, 2, 6} <= set(seen), "what TensorBoard had before stays"
 
 
-def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_does_not_hide_why_a_run_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
     with pytest.raises(ValueError, match="the cause"), largest_file(60), status_kept(tmp_path):
         raise ValueError("the cause" * 100)
     assert "still says that the run goes on" in caplog.text
